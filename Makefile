@@ -1,0 +1,36 @@
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+
+.PHONY: demo test lint types check model benchmarks clean
+
+demo: $(VENV)/installed  ## profile, plan, run and show the embedded model
+	$(BIN)/coterie demo
+
+test: $(VENV)/installed  ## the whole test suite
+	$(BIN)/python -m pytest
+
+lint: $(VENV)/installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: $(VENV)/installed
+	$(BIN)/mypy
+
+check: lint types test  ## what has to pass before a change lands
+
+model: $(VENV)/installed  ## train the embedded model again, about an hour and a half on 2 cores
+	$(BIN)/python -m profiler.zoo.train
+
+benchmarks: $(VENV)/installed  ## measure again what benchmarks/results holds
+	$(BIN)/python -m benchmarks.routing_structure
+	$(BIN)/python -m benchmarks.strategies
+
+$(VENV)/installed: pyproject.toml requirements.lock
+	$(PYTHON) -c 'import sys; sys.exit(f"Python 3.11 or newer is needed, this is {sys.version.split()[0]}; set PYTHON=..." if sys.version_info < (3, 11) else 0)'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint requirements.lock --editable '.[dev,zoo]'
+	touch $@
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info

@@ -1,0 +1,1 @@
+"""What to do about a profile: place the experts, say how good the plan is, run it, show it."""

@@ -1,0 +1,318 @@
+"""The console script `coterie`: each command reads one kind of artifact and writes one.
+
+Progress and notes go to stderr, a table to stdout.  Heavy libraries are imported by the commands that need them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from profiler.errors import CoterieError
+
+if TYPE_CHECKING:
+    from placement.placement_map import PlacementMap
+    from placement.runtime.bench import BenchResult
+    from profiler.profile import Profile
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="Where should each expert of a Mixture-of-Experts model live?",
+)
+notes = Console(stderr=True)
+tables = Console()
+
+Model = Annotated[str | None, typer.Argument(help="Model folder or hub id; the embedded model if left out.")]
+Data = Annotated[
+    list[Path] | None,
+    typer.Option(help="UTF-8 text file or a folder of them, a domain each; may be given several times."),
+]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
+Ranks = Annotated[int, typer.Option(help="Ranks of the expert-parallel group; must divide the experts.")]
+
+
+@app.command()
+def profile(
+    model: Model = None,
+    out: Annotated[Path, typer.Option("-o", "--out", help="Profile folder to write.")] = Path("run.profile"),
+    data: Data = None,
+    sequence_length: Annotated[int, typer.Option(help="Tokens in a sequence.")] = 256,
+    batch_size: Annotated[int, typer.Option(help="Sequences in a batch.")] = 16,
+    max_tokens: Annotated[int | None, typer.Option(help="Stop after so many tokens.")] = None,
+    device: Annotated[str | None, typer.Option(help="Such as cpu or cuda:0; chosen if left out.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Record which experts every token of a text picks.
+
+    Example: coterie profile ./OLMoE-1B-7B --data texts/ -o run.profile
+    """
+    from profiler import zoo
+    from profiler.calibration import read_documents
+    from profiler.loading import load_model, profile_model
+
+    documents = read_documents(data or [zoo.CALIBRATION])
+    with notes.status(f"loading {model or zoo.NAME}"):
+        loaded = load_model(model, device)
+    started = time.perf_counter()
+    with progress_bar("tokens") as advance_to:
+        recorded = profile_model(
+            loaded,
+            documents,
+            sequence_length=sequence_length,
+            batch_size=batch_size,
+            max_tokens=max_tokens,
+            on_progress=advance_to,
+        )
+    seconds = time.perf_counter() - started
+    recorded.save(out)
+    if as_json:
+        print_json({"profile": str(out), "model": recorded.model.to_json(), "num_tokens": recorded.num_tokens})
+    else:
+        tables.print(profile_table(recorded))
+    notes.print(f"wrote {out}: {recorded.num_tokens:,} tokens, {recorded.num_tokens / seconds:,.0f} tokens/s")
+
+
+@app.command()
+def plan(
+    run: Annotated[Path, typer.Argument(help="Profile folder to plan with.")],
+    ranks: Ranks,
+    out: Annotated[Path, typer.Option("-o", "--out", help="Placement map to write.")] = Path("plan.json"),
+    nodes: Annotated[int, typer.Option(help="Hosts that the ranks are spread over.")] = 1,
+    strategy: Annotated[str, typer.Option(help="Whose plan to write: linear, random, load or search.")] = "search",
+    held_out: Annotated[
+        Path | None, typer.Option(help="Profile to measure on; half of RUN's sequences if left out.")
+    ] = None,
+    load_cap: Annotated[float, typer.Option(help="Largest load of a rank that is wanted, over the mean.")] = 1.1,
+    seed: Annotated[int, typer.Option(help="The same seed gives the same plan.")] = 0,
+    as_json: Json = False,
+) -> None:
+    """Place the experts on ranks and compare strategies on sequences that they have not seen.
+
+    Example: coterie plan run.profile --ranks 4 -o plan.json
+    """
+    from placement.compare import plan_and_compare
+    from placement.solvers import STRATEGIES
+    from placement.topology import Topology
+    from profiler.profile import Profile
+
+    recorded = Profile.load_from(run)
+    unseen = Profile.load_from(held_out) if held_out else None
+    topology = Topology.for_experts(recorded.model.num_experts, ranks, nodes)
+    total = recorded.model.num_layers * len(STRATEGIES)
+    with progress_bar("layers") as advance_to:
+        done = iter(range(1, total + 1))
+        advance_to(0, total)
+        placement = plan_and_compare(
+            recorded,
+            topology,
+            strategy,
+            held_out=unseen,
+            load_cap=load_cap,
+            seed=seed,
+            on_layer=lambda: advance_to(next(done), total),
+        )
+    placement.save(out)
+    if as_json:
+        print_json({"plan": str(out), "strategy": strategy, "metrics": placement.metrics})
+    else:
+        tables.print(plan_table(placement))
+    notes.print(f"wrote {out}: the plan of “{strategy}” for {ranks} ranks")
+
+
+@app.command()
+def bench(
+    plan_file: Annotated[Path, typer.Argument(metavar="PLAN", help="Placement map to run.")],
+    model: Annotated[str | None, typer.Option(help="Model folder or hub id; the embedded model if left out.")] = None,
+    ranks: Annotated[int | None, typer.Option(help="Must be the plan's; taken from it if left out.")] = None,
+    data: Data = None,
+    sequences_per_rank: Annotated[int, typer.Option(help="Sequences in each rank's batch.")] = 2,
+    sequence_length: Annotated[int, typer.Option(help="Tokens in a sequence.")] = 256,
+    repeats: Annotated[int, typer.Option(help="Timed runs of each row, taken in turns.")] = 7,
+    out: Annotated[Path | None, typer.Option("-o", "--out", help="JSON file to write.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Run the model expert-parallel on this machine as the plan says, check its outputs, measure bytes and times.
+
+    Example: coterie bench plan.json --ranks 4 -o bench.json
+    """
+    from placement.placement_map import PlacementMap
+    from placement.runtime.bench import bench as run_bench
+    from profiler import zoo
+    from profiler.calibration import read_documents
+
+    placement = PlacementMap.load_from(plan_file)
+    num_ranks = placement.topology.num_ranks
+    if ranks is not None and ranks != num_ranks:
+        raise CoterieError(f"--ranks {ranks}: the plan is for {num_ranks}; give {num_ranks} or plan for {ranks}")
+    documents = read_documents(data or [zoo.HELD_OUT])
+    with notes.status(f"running {model or zoo.NAME} on {num_ranks} ranks"):
+        result = run_bench(
+            placement,
+            model,
+            documents,
+            sequences_per_rank=sequences_per_rank,
+            sequence_length=sequence_length,
+            repeats=repeats,
+        )
+    if out:
+        result.save(out)
+    if as_json:
+        print_json(dataclasses.asdict(result))
+    else:
+        tables.print(bench_table(result))
+    if out:
+        notes.print(f"wrote {out}")
+
+
+@app.command()
+def report(
+    run: Annotated[Path, typer.Argument(help="Profile folder to draw.")],
+    plan_file: Annotated[Path, typer.Argument(metavar="PLAN", help="Placement map to show.")],
+    bench_file: Annotated[Path | None, typer.Argument(metavar="[BENCH]", help="Bench result to show too.")] = None,
+    out: Annotated[Path, typer.Option("-o", "--out", help="HTML page to write.")] = Path("report.html"),
+) -> None:
+    """Write one self-contained HTML page: heatmaps, the collaboration graph, load and ingress before and after.
+
+    Example: coterie report run.profile plan.json bench.json -o report.html
+    """
+    from placement.placement_map import PlacementMap
+    from placement.report import write_report
+    from placement.runtime.bench import BenchResult
+    from profiler.profile import Profile
+
+    recorded, placement = Profile.load_from(run), PlacementMap.load_from(plan_file)
+    measured = BenchResult.load_from(bench_file) if bench_file else None
+    with notes.status("drawing"):
+        write_report(recorded, placement, measured, out)
+    notes.print(f"wrote {out}")
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Option("-o", "--out", help="Folder to write into.")] = Path("coterie-demo"),
+    ranks: Ranks = 4,
+) -> None:
+    """Profile the embedded model, plan, run the plan on this machine and show what it bought.
+
+    Example: coterie demo --ranks 4
+    """
+    from profiler import zoo
+
+    calibration, held_out = out / "calibration.profile", out / "held-out.profile"
+    plan_file, bench_file, page = out / "plan.json", out / "bench.json", out / "report.html"
+    notes.rule("1 of 4: which experts does each token pick?")
+    profile(out=calibration, data=[zoo.CALIBRATION])
+    profile(out=held_out, data=[zoo.HELD_OUT])
+    notes.rule(f"2 of 4: where should they live, on {ranks} ranks?")
+    plan(calibration, ranks, out=plan_file, held_out=held_out)
+    notes.rule("3 of 4: what does that buy in a real run?")
+    bench(plan_file, out=bench_file)
+    notes.rule("4 of 4: see it")
+    report(held_out, plan_file, bench_file, out=page)
+    notes.print(f"open {page} in a browser")
+
+
+def profile_table(recorded: Profile) -> Table:
+    """Tokens and load imbalance of the experts, by domain."""
+    table = Table(title=f"{recorded.model.describe()}", title_justify="left")
+    table.add_column("domain")
+    for column in ("tokens", "busiest expert, share of tokens", "unused experts"):
+        table.add_column(column, justify="right")
+    for domain, load_LE in zip(recorded.domains, recorded.load, strict=True):
+        tokens = int(load_LE[0].sum()) // recorded.model.top_k
+        share = load_LE.max() / max(tokens, 1)
+        table.add_row(domain, f"{tokens:,}", f"{share:.1%}", f"{(load_LE == 0).mean():.1%}")
+    return table
+
+
+def plan_table(placement: PlacementMap) -> Table:
+    """Held-out figures of all strategies; the chosen one stands out."""
+    assert placement.metrics
+    measured = next(iter(placement.metrics.values()))
+    table = Table(
+        title=f"{placement.model.name} on {placement.topology.num_ranks} ranks, held out: "
+        f"{measured['tokens_measured_on']:,} tokens (planned on {measured['tokens_planned_on']:,})",
+        caption="mean over layers (worst layer)",
+        title_justify="left",
+    )
+    table.add_column("strategy")
+    columns = {"fan_out": 2, "busiest_ingress": 3, "imbalance_ratio": 2, "intra_share": 3}
+    for column in columns:
+        table.add_column(column, justify="right")
+    for name, figures in placement.metrics.items():
+        cells = []
+        for column, digits in columns.items():
+            mean, worst = figures["held_out"][column]["mean"], figures["held_out"][column]["worst"]
+            cells.append("-" if mean is None else f"{mean:.{digits}f} ({worst:.{digits}f})")
+        table.add_row(name, *cells, style="bold" if name == placement.solver["name"] else None)
+    return table
+
+
+def bench_table(result: BenchResult) -> Table:
+    """Bytes, times and differences of every row."""
+    table = Table(
+        title=f"{result.model}, {result.num_ranks} ranks ({result.backend}), {result.tokens_per_rank} tokens a rank",
+        caption=f"one forward pass, slowest rank, median of {result.repeats} paired runs in ms (least to most)",
+        title_justify="left",
+    )
+    table.add_column("implementation")
+    table.add_column("map")
+    columns = ("MB sent", "copies a token", "dispatch", "expert", "combine", "total", "speed-up", "max difference")
+    for column in columns:
+        table.add_column(column, justify="right")
+    for row in result.rows:
+        table.add_row(
+            row.implementation,
+            row.map,
+            f"{row.bytes_sent / 1e6:.1f}",
+            f"{row.rows_per_token:.2f}",
+            f"{row.dispatch.median:.1f}",
+            f"{row.expert.median:.1f}",
+            f"{row.combine.median:.1f}",
+            f"{row.total.median:.1f} ({row.total.least:.1f} to {row.total.most:.1f})",
+            f"{row.speed_up:.2f}",
+            f"{row.max_difference:.1e}",
+        )
+    return table
+
+
+@contextmanager
+def progress_bar(unit: str) -> Iterator[Callable[[int, int], None]]:
+    """A bar on stderr; yields a function that takes what is done and what there is in all."""
+    columns = (BarColumn(), MofNCompleteColumn(), TextColumn(unit), TextColumn("{task.fields[rate]}"))
+    with Progress(*columns, TimeRemainingColumn(), console=notes, transient=True) as progress:
+        task = progress.add_task(unit, total=None, rate="")
+        started = time.perf_counter()
+
+        def advance_to(done: int, total: int) -> None:
+            rate = done / max(time.perf_counter() - started, 1e-9)
+            progress.update(task, completed=done, total=total, rate=f"{rate:,.0f} {unit}/s" if done else "")
+
+        yield advance_to
+
+
+def print_json(value: Any) -> None:
+    """For machines."""
+    print(json.dumps(value, indent=2))
+
+
+def main() -> None:
+    """Run the command line; a mistake that the user can mend is one line and exit code 1."""
+    try:
+        app()
+    except CoterieError as error:
+        Console(stderr=True, soft_wrap=True, markup=False, highlight=False).print(f"error: {error}")
+        sys.exit(1)

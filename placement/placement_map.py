@@ -1,0 +1,217 @@
+"""`PlacementMap`: which logical expert each slot holds, layer by layer, and its file. Knows no solver or engine."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Self
+
+import numpy as np
+import numpy.typing as npt
+
+from placement.topology import Topology
+from profiler.errors import CoterieError
+from profiler.spec import MoESpec
+
+SCHEMA_VERSION = 1
+EMPTY_SLOT = -1
+
+
+@dataclass(frozen=True)
+class PlacementMap:
+    """A plan for one model on one topology.
+
+    Attributes:
+        model: the MoE layers that the plan is for.
+        topology: the ranks and slots that it uses.
+        physical_to_logical_map: int64 (L, P), the logical expert in each slot, -1 where empty; slot p sits on rank
+            p // slots_per_rank.
+        solver: what made it: `name`, `options`, `seed`.
+        profile_digest: the profile that it was planned on; None for a map that needed none.
+        metrics: for each strategy that was compared, `train` and `held_out` figures.
+
+    Raises:
+        CoterieError: an expert is missing or doubled on a rank, or a number is out of range.
+    """
+
+    model: MoESpec
+    topology: Topology
+    physical_to_logical_map: npt.NDArray[np.int64]
+    solver: Mapping[str, Any]
+    profile_digest: str | None = None
+    metrics: Mapping[str, Any] | None = None
+
+    def __post_init__(self) -> None:
+        expected = (self.model.num_layers, self.topology.num_slots)
+        slots = self.physical_to_logical_map
+        if slots.shape != expected:
+            raise CoterieError(f"physical_to_logical_map {slots.shape}: must be (layers, slots) = {expected}")
+        if slots.min() < EMPTY_SLOT or slots.max() >= self.model.num_experts:
+            worst = int(slots.max() if slots.max() >= self.model.num_experts else slots.min())
+            raise CoterieError(f"physical_to_logical_map: expert {worst}, must be -1 or below {self.model.num_experts}")
+        for layer_id, row in zip(self.model.layer_ids, slots, strict=True):
+            absent = np.setdiff1d(np.arange(self.model.num_experts), row)
+            if len(absent):
+                raise CoterieError(f"layer {layer_id}: expert {absent[0]} has no slot; every expert needs one")
+            for rank, held in enumerate(row.reshape(self.topology.num_ranks, -1)):
+                held = np.sort(held[held != EMPTY_SLOT])
+                if (held[1:] == held[:-1]).any():
+                    raise CoterieError(
+                        f"layer {layer_id}: rank {rank} holds one expert twice; a second copy is no use there"
+                    )
+
+    @classmethod
+    def from_ranks(
+        cls,
+        model: MoESpec,
+        topology: Topology,
+        rank_of_expert: npt.NDArray[np.int64],
+        solver: Mapping[str, Any],
+        profile_digest: str | None = None,
+    ) -> Self:
+        """A map without redundant experts from the rank of each expert, int (L, E); experts of a rank in file order."""
+        slots = np.argsort(rank_of_expert, axis=1, kind="stable").astype(np.int64)
+        return cls(model, topology, slots, solver, profile_digest)
+
+    @classmethod
+    def linear(cls, model: MoESpec, topology: Topology) -> Self:
+        """Experts in file order, E/R consecutive ones on each rank: what engines do when they are told nothing."""
+        ranks = np.arange(model.num_experts) // topology.slots_per_rank
+        return cls.from_ranks(model, topology, np.tile(ranks, (model.num_layers, 1)), {"name": "linear"})
+
+    @cached_property
+    def rank_of_expert(self) -> npt.NDArray[np.int64]:
+        """The rank of each logical expert, int64 (L, E).
+
+        Raises:
+            CoterieError: the map holds redundant experts, so there is no single rank.
+        """
+        return self.slot_of_expert // self.topology.slots_per_rank
+
+    @cached_property
+    def slot_of_expert(self) -> npt.NDArray[np.int64]:
+        """The slot of each logical expert, int64 (L, E).
+
+        Raises:
+            CoterieError: the map holds redundant experts, so there is no single slot.
+        """
+        slots = self.physical_to_logical_map
+        filled = int((slots != EMPTY_SLOT).sum(axis=1).max())
+        if filled > self.model.num_experts:
+            redundant = filled - self.model.num_experts
+            raise CoterieError(
+                f"the map has {redundant} redundant experts, this step takes maps with 0; plan without them"
+            )
+        out = np.empty((self.model.num_layers, self.model.num_experts), dtype=np.int64)
+        layers, positions = np.nonzero(slots != EMPTY_SLOT)
+        out[layers, slots[layers, positions]] = positions
+        return out
+
+    def require_model(self, model: MoESpec) -> None:
+        """Check that the map is for this model.
+
+        Raises:
+            CoterieError: it is for another one.
+        """
+        if not self.model.routes_like(model):
+            raise CoterieError(
+                f"the map is for {self.model.describe()}, not for {model.describe()}; plan for this model"
+            )
+
+    def save(self, path: Path) -> None:
+        """Write the JSON file, renamed into place when complete.
+
+        Raises:
+            CoterieError: the file cannot be written.
+        """
+        value = {
+            "schema_version": SCHEMA_VERSION,
+            "model": self.model.to_json(),
+            "topology": self.topology.to_json(),
+            "layer_ids": list(self.model.layer_ids),
+            "physical_to_logical_map": self.physical_to_logical_map.tolist(),
+            "solver": dict(self.solver),
+            "profile_digest": self.profile_digest,
+            "metrics": self.metrics,
+        }
+        write_json(path, value)
+
+    @classmethod
+    def load_from(cls, path: Path) -> Self:
+        """Read and check a map file.
+
+        Raises:
+            CoterieError: it is missing, truncated, edited into nonsense, or of another schema version.
+        """
+        value = read_json(path, "a placement map", "make one with `coterie plan`")
+        try:
+            if value["schema_version"] != SCHEMA_VERSION:
+                raise CoterieError(f"schema_version {value['schema_version']!r}, this coterie reads {SCHEMA_VERSION}")
+            model = MoESpec.from_json(value["model"])
+            if value["layer_ids"] != list(model.layer_ids):
+                raise CoterieError(f"layer_ids {value['layer_ids']}: must be the model's, {list(model.layer_ids)}")
+            rows = value["physical_to_logical_map"]
+            if any(type(expert) is not int for row in rows for expert in row) or len({len(row) for row in rows}) != 1:
+                raise CoterieError("physical_to_logical_map: must be equally long rows of whole numbers")
+            return cls(
+                model=model,
+                topology=Topology.from_json(value["topology"]),
+                physical_to_logical_map=np.array(rows, dtype=np.int64),
+                solver=value["solver"],
+                profile_digest=value["profile_digest"],
+                metrics=value["metrics"],
+            )
+        except CoterieError as error:
+            raise CoterieError(f"{path}: {error}") from error
+        except (KeyError, TypeError, OverflowError) as error:
+            raise CoterieError(f"{path}: not a placement map ({type(error).__name__}: {error}); plan again") from error
+
+
+def write_json(path: Path, value: object) -> None:
+    """Write one artifact as JSON, renamed into place when complete.
+
+    Raises:
+        CoterieError: the file cannot be written.
+    """
+    write_text(path, json.dumps(value, indent=1, allow_nan=False) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write one artifact, renamed into place when complete.
+
+    Raises:
+        CoterieError: the file cannot be written.
+    """
+    temporary = path.with_name(f".{path.name}.partial")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary.write_text(text, encoding="utf-8")
+        temporary.replace(path)
+    except OSError as error:
+        raise CoterieError(f"{path}: cannot be written ({error.strerror}); give a writable path to -o") from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def read_json(path: Path, what: str, remedy: str) -> dict[str, Any]:
+    """Read one JSON artifact.
+
+    Args:
+        what: the artifact's name, for messages.
+        remedy: what to do when it is not there.
+
+    Raises:
+        CoterieError: it is missing, unreadable or not a JSON object.
+    """
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise CoterieError(f"{path}: no such file; {remedy}") from None
+    except (OSError, ValueError, RecursionError) as error:
+        raise CoterieError(f"{path}: truncated, or not {what} ({error}); {remedy}") from error
+    if not isinstance(value, dict):
+        raise CoterieError(f"{path}: not {what} (a JSON object is expected); {remedy}")
+    return value

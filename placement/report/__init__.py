@@ -1,0 +1,5 @@
+"""One self-contained HTML page that shows a profile, a plan and what it bought. Reads artifacts, computes no plan."""
+
+from placement.report.page import write_report
+
+__all__ = ["write_report"]

@@ -1,0 +1,1 @@
+"""Expert parallelism on torch.distributed that follows a placement map. Never imports a solver."""

@@ -1,0 +1,135 @@
+"""Dispatch and combine that send each token once to every rank that serves it.
+
+One `ExchangeIndex` is built for each layer call and read in both directions.  A row is one copy of a token on its way
+to one rank; a pair is one (token, expert) of it.  What travels:
+
+    dispatch    rows     hidden state of each token, once per destination rank
+                pairs    (row on arrival, local expert) and routing weight, 8 + 4 bytes
+    combine     rows     the weighted sum over a row's experts, made before the return
+
+Sums are exact up to the order of addition.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from placement.runtime.meter import Meter
+
+
+@dataclass(frozen=True)
+class ExchangeIndex:
+    """Which tokens go where, and what comes back, seen from one rank.
+
+    Attributes:
+        token_of_row: int64 (rows sent,), grouped by destination rank, tokens ascending in each group.
+        pair_order: int64 (T*K,), the (token, pick) of each sent pair, grouped by destination rank.
+        pair_codes: int64 (T*K,), row on arrival * slots_per_rank + local slot, in that order.
+        rows_to, rows_from: rows sent to and received from each rank.
+        pairs_to, pairs_from: likewise for pairs.
+    """
+
+    token_of_row: torch.Tensor
+    pair_order: torch.Tensor
+    pair_codes: torch.Tensor
+    rows_to: list[int]
+    rows_from: list[int]
+    pairs_to: list[int]
+    pairs_from: list[int]
+
+
+@dataclass(frozen=True)
+class Arrived:
+    """What a rank received: `hidden` (rows, H), and for each pair its row, its local slot and its routing weight."""
+
+    hidden: torch.Tensor
+    row_of_pair: torch.Tensor
+    slot_of_pair: torch.Tensor
+    weight_of_pair: torch.Tensor
+
+
+def build_index(slots_TK: torch.Tensor, slots_per_rank: int, group: dist.ProcessGroup) -> ExchangeIndex:
+    """Group tokens by the ranks that serve them and tell every rank what to expect; the one host sync of a layer.
+
+    Args:
+        slots_TK: int64 (T, K), the global slot that serves each pick.
+    """
+    num_ranks = dist.get_world_size(group)
+    num_tokens, _ = slots_TK.shape
+    rank_TK = slots_TK // slots_per_rank
+    served_RT = slots_TK.new_zeros((num_ranks, num_tokens), dtype=torch.bool)
+    served_RT[rank_TK.T, torch.arange(num_tokens, device=slots_TK.device)] = True
+    token_of_row = served_RT.nonzero()[:, 1]
+    row_on_arrival_RT = served_RT.long().cumsum(dim=1) - 1
+    pair_order = torch.argsort(rank_TK.flatten(), stable=True)
+    pair_codes = row_on_arrival_RT.T.gather(1, rank_TK) * slots_per_rank + slots_TK % slots_per_rank
+    sent = torch.stack([served_RT.sum(dim=1), torch.bincount(rank_TK.flatten(), minlength=num_ranks)], dim=1)
+    received = torch.empty_like(sent)
+    dist.all_to_all_single(received, sent, group=group)
+    (rows_to, pairs_to), (rows_from, pairs_from) = torch.stack([sent.T, received.T]).tolist()
+    codes = pair_codes.flatten()[pair_order]
+    return ExchangeIndex(token_of_row, pair_order, codes, rows_to, rows_from, pairs_to, pairs_from)
+
+
+def dispatch(
+    hidden_TH: torch.Tensor,
+    weights_TK: torch.Tensor,
+    index: ExchangeIndex,
+    slots_per_rank: int,
+    group: dist.ProcessGroup,
+    meter: Meter,
+) -> Arrived:
+    """Send every token once to each rank that serves it, with its picks there and their weights."""
+    rank = dist.get_rank(group)
+    rows = hidden_TH[index.token_of_row]
+    hidden = all_to_all(rows, index.rows_from, index.rows_to, group)
+    codes = all_to_all(index.pair_codes, index.pairs_from, index.pairs_to, group)
+    pair_weights = weights_TK.flatten()[index.pair_order].to(torch.float32)
+    weights = all_to_all(pair_weights, index.pairs_from, index.pairs_to, group)
+    meter.rows_sent += len(rows)
+    meter.count_sent(rows, index.rows_to, rank)
+    meter.count_sent(index.pair_codes, index.pairs_to, rank)
+    meter.count_sent(pair_weights, index.pairs_to, rank)
+    # Rows arrive grouped by source; each source numbered its own from zero.
+    rows_from = torch.tensor(index.rows_from, device=codes.device)
+    pairs_from = torch.tensor(index.pairs_from, device=codes.device)
+    first_row = torch.repeat_interleave(rows_from.cumsum(0) - rows_from, pairs_from)
+    return Arrived(hidden, codes // slots_per_rank + first_row, codes % slots_per_rank, weights)
+
+
+def combine(
+    partial_sums: torch.Tensor, index: ExchangeIndex, num_tokens: int, group: dist.ProcessGroup, meter: Meter
+) -> torch.Tensor:
+    """Return each row's partial sum (rows received, H) to its source and add them up by token: (T, H)."""
+    meter.count_sent(partial_sums, index.rows_from, dist.get_rank(group))
+    returned = all_to_all(partial_sums, index.rows_to, index.rows_from, group)
+    out = partial_sums.new_zeros((num_tokens, partial_sums.shape[1]))
+    return out.index_add(0, index.token_of_row, returned)
+
+
+class _AllToAll(torch.autograd.Function):
+    """`all_to_all_single` along dimension 0, whose backward is the same exchange the other way."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, rows: torch.Tensor, receive: list[int], send: list[int], group: dist.ProcessGroup
+    ) -> torch.Tensor:
+        ctx.sizes, ctx.group = (receive, send), group
+        out = rows.new_empty((sum(receive), *rows.shape[1:]))
+        dist.all_to_all_single(out, rows.contiguous(), receive, send, group=group)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor, None, None, None]:
+        receive, send = ctx.sizes
+        return all_to_all(gradients[0], send, receive, ctx.group), None, None, None
+
+
+def all_to_all(rows: torch.Tensor, receive: list[int], send: list[int], group: dist.ProcessGroup) -> torch.Tensor:
+    """Send `send[r]` consecutive rows to each rank r and receive `receive[r]` from it."""
+    out: torch.Tensor = _AllToAll.apply(rows, receive, send, group)  # type: ignore[no-untyped-call]
+    return out
