@@ -20,6 +20,7 @@ types: $(VENV)/installed
 check: lint types test  ## what has to pass before a change lands
 
 model: $(VENV)/installed  ## train the embedded model again, about an hour and a half on 2 cores
+	$(BIN)/python -m pip install --quiet --constraint requirements.lock --editable '.[zoo]'
 	$(BIN)/python -m profiler.zoo.train
 
 benchmarks: $(VENV)/installed  ## measure again what benchmarks/results holds
@@ -29,7 +30,7 @@ benchmarks: $(VENV)/installed  ## measure again what benchmarks/results holds
 $(VENV)/installed: pyproject.toml requirements.lock
 	$(PYTHON) -c 'import sys; sys.exit(f"Python 3.11 or newer is needed, this is {sys.version.split()[0]}; set PYTHON=..." if sys.version_info < (3, 11) else 0)'
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint requirements.lock --editable '.[dev,zoo]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint requirements.lock --editable '.[dev]'
 	touch $@
 
 clean:

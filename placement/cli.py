@@ -19,6 +19,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
+from placement.files import require_writable
 from profiler.errors import CoterieError
 
 if TYPE_CHECKING:
@@ -63,6 +64,7 @@ def profile(
     from profiler.calibration import read_documents
     from profiler.loading import load_model, profile_model
 
+    require_writable(out)
     documents = read_documents(data or [zoo.CALIBRATION])
     with notes.status(f"loading {model or zoo.NAME}"):
         loaded = load_model(model, device)
@@ -108,6 +110,7 @@ def plan(
     from placement.topology import Topology
     from profiler.profile import Profile
 
+    require_writable(out)
     recorded = Profile.load_from(run)
     unseen = Profile.load_from(held_out) if held_out else None
     topology = Topology.for_experts(recorded.model.num_experts, ranks, nodes)
@@ -153,6 +156,8 @@ def bench(
     from profiler import zoo
     from profiler.calibration import read_documents
 
+    if out:
+        require_writable(out)
     placement = PlacementMap.load_from(plan_file)
     num_ranks = placement.topology.num_ranks
     if ranks is not None and ranks != num_ranks:
@@ -193,6 +198,7 @@ def report(
     from placement.runtime.bench import BenchResult
     from profiler.profile import Profile
 
+    require_writable(out)
     recorded, placement = Profile.load_from(run), PlacementMap.load_from(plan_file)
     measured = BenchResult.load_from(bench_file) if bench_file else None
     with notes.status("drawing"):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -12,6 +11,7 @@ from typing import Any, Self
 import numpy as np
 import numpy.typing as npt
 
+from placement.files import read_json, write_json
 from placement.topology import Topology
 from profiler.errors import CoterieError
 from profiler.spec import MoESpec
@@ -168,50 +168,3 @@ class PlacementMap:
             raise CoterieError(f"{path}: {error}") from error
         except (KeyError, TypeError, OverflowError) as error:
             raise CoterieError(f"{path}: not a placement map ({type(error).__name__}: {error}); plan again") from error
-
-
-def write_json(path: Path, value: object) -> None:
-    """Write one artifact as JSON, renamed into place when complete.
-
-    Raises:
-        CoterieError: the file cannot be written.
-    """
-    write_text(path, json.dumps(value, indent=1, allow_nan=False) + "\n")
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write one artifact, renamed into place when complete.
-
-    Raises:
-        CoterieError: the file cannot be written.
-    """
-    temporary = path.with_name(f".{path.name}.partial")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_text(text, encoding="utf-8")
-        temporary.replace(path)
-    except OSError as error:
-        raise CoterieError(f"{path}: cannot be written ({error.strerror}); give a writable path to -o") from error
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def read_json(path: Path, what: str, remedy: str) -> dict[str, Any]:
-    """Read one JSON artifact.
-
-    Args:
-        what: the artifact's name, for messages.
-        remedy: what to do when it is not there.
-
-    Raises:
-        CoterieError: it is missing, unreadable or not a JSON object.
-    """
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise CoterieError(f"{path}: no such file; {remedy}") from None
-    except (OSError, ValueError, RecursionError) as error:
-        raise CoterieError(f"{path}: truncated, or not {what} ({error}); {remedy}") from error
-    if not isinstance(value, dict):
-        raise CoterieError(f"{path}: not {what} (a JSON object is expected); {remedy}")
-    return value

@@ -33,28 +33,35 @@ def collaboration_graph(
     return graph
 
 
-def shuffled(tokens: TokenTrace, seed: int) -> TokenTrace:
+def shuffled(tokens: TokenTrace, seed: int, num_rounds: int = 20) -> TokenTrace:
     """Routing without collaboration: every layer's picks dealt anew to the tokens, each expert as often as before.
 
-    Picks are permuted over all tokens of a layer; where a token then holds an expert twice, one of the two is exchanged
-    with a pick drawn at random until none does.  Loads are kept exactly, co-activation is left to chance.
+    In each round tokens meet in random pairs and deal the picks that they do not share out between them at random: the
+    curveball trades of Strona et al. (Nature Communications 5, 2014).  Loads and the K distinct picks of a token are
+    kept exactly, co-activation is left to chance.
     """
     rng = np.random.default_rng(seed)
-    layers = []
-    for ids_TK in tokens.topk_ids:
-        dealt = rng.permutation(ids_TK.ravel()).reshape(ids_TK.shape)
-        while len(clashes := _doubled(dealt)):
-            partners = rng.integers(0, dealt.size, len(clashes))
-            for clash, partner in zip(clashes, partners, strict=True):  # in turn: two may name the same partner
-                dealt.flat[[clash, partner]] = dealt.flat[[partner, clash]]
-        layers.append(dealt)
+    layers = [ids_TK.copy() for ids_TK in tokens.topk_ids]
+    for ids_TK in layers:
+        for _ in range(num_rounds):
+            pairs = rng.permutation(len(ids_TK))[: len(ids_TK) // 2 * 2].reshape(2, -1)
+            ids_TK[pairs[0]], ids_TK[pairs[1]] = _trade(ids_TK[pairs[0]], ids_TK[pairs[1]], rng)
     return replace(tokens, topk_ids=np.stack(layers))
 
 
-def _doubled(ids_TK: npt.NDArray[np.unsignedinteger]) -> npt.NDArray[np.int64]:
-    """Flat positions of picks that repeat an earlier pick of the same token."""
-    order = np.argsort(ids_TK, axis=1, kind="stable")
-    ordered = np.take_along_axis(ids_TK, order, axis=1)
-    rows, columns = np.nonzero(ordered[:, 1:] == ordered[:, :-1])
-    flat: npt.NDArray[np.int64] = rows * ids_TK.shape[1] + order[rows, columns + 1]
-    return flat
+def _trade(
+    first: npt.NDArray[np.unsignedinteger], second: npt.NDArray[np.unsignedinteger], rng: np.random.Generator
+) -> tuple[npt.NDArray[np.unsignedinteger], npt.NDArray[np.unsignedinteger]]:
+    """Shuffle what row i of `first` and row i of `second`, both (pairs, K), do not have in common between the two."""
+    same = first[:, :, None] == second[:, None, :]
+    kept_first, kept_second = same.any(axis=2), same.any(axis=1)
+    both, kept = np.concatenate([first, second], axis=1), np.concatenate([kept_first, kept_second], axis=1)
+    keys = np.where(kept, np.inf, rng.random(both.shape))  # shared picks sort behind those to deal
+    pool = np.take_along_axis(both, np.argsort(keys, axis=1), axis=1)
+    place_first = np.maximum(np.cumsum(~kept_first, axis=1) - 1, 0)
+    place_second = (~kept_first).sum(axis=1, keepdims=True) + np.maximum(np.cumsum(~kept_second, axis=1) - 1, 0)
+    place_second = np.minimum(place_second, pool.shape[1] - 1)
+    return (
+        np.where(kept_first, first, np.take_along_axis(pool, place_first, axis=1)),
+        np.where(kept_second, second, np.take_along_axis(pool, place_second, axis=1)),
+    )

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from profiler import zoo
-from profiler.calibration import Document, make_batches
+from profiler.calibration import Batch, Document, make_batches
 from profiler.errors import CoterieError
 from profiler.profile import Profile
 from profiler.recorder import Recorder
@@ -26,6 +26,28 @@ class LoadedModel:
     name: str
     model: Any
     tokenizer: Any
+
+    def batches(
+        self, documents: Sequence[Document], sequence_length: int, batch_size: int, max_tokens: int | None = None
+    ) -> list[Batch]:
+        """`make_batches` with this model's tokenizer, checked against its vocabulary.
+
+        Raises:
+            CoterieError: a size is below 1, or the tokenizer is not the model's.
+        """
+        batches = make_batches(documents, self.tokenizer, sequence_length, batch_size, max_tokens)
+        if not batches:
+            raise CoterieError(
+                f"{self.name}: its tokenizer makes 0 tokens of the text; add the model's tokenizer files"
+            )
+        largest = max(int(batch.input_ids.max()) for batch in batches)
+        vocab_size = self.model.config.get_text_config().vocab_size
+        if largest >= vocab_size:
+            raise CoterieError(
+                f"{self.name}: its tokenizer gives token {largest}, the vocabulary has {vocab_size}; "
+                "put the model's own tokenizer there"
+            )
+        return batches
 
 
 def default_device() -> str:
@@ -86,7 +108,7 @@ def profile_model(
         CoterieError: the model has no MoE layers, or a size is below 1.
     """
     recorder = Recorder(loaded.model, loaded.name)
-    batches = make_batches(documents, loaded.tokenizer, sequence_length, batch_size, max_tokens)
+    batches = loaded.batches(documents, sequence_length, batch_size, max_tokens)
     domains = list(dict.fromkeys(document.domain for document in documents))
     total, done = sum(batch.num_tokens for batch in batches), 0
     on_progress(done, total)

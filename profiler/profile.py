@@ -193,6 +193,7 @@ class Profile:
                 "files": {path.name: _file_hash(path) for path in sorted(temporary.glob("*.safetensors"))},
                 "digest": self.digest,
             }
+            header["header_digest"] = _header_digest(header)
             (temporary / "profile.json").write_text(json.dumps(header, indent=2) + "\n", encoding="utf-8")
             shutil.rmtree(folder, ignore_errors=True)
             temporary.replace(folder)
@@ -217,6 +218,8 @@ class Profile:
             if header["schema_version"] != SCHEMA_VERSION:
                 version = header["schema_version"]
                 raise CoterieError(f"{folder}: schema_version {version!r}, this coterie reads {SCHEMA_VERSION}")
+            if header["header_digest"] != _header_digest(header):
+                raise CoterieError(f"{folder / 'profile.json'}: edited since it was recorded; profile again")
             for name, expected in header["files"].items():
                 if Path(name).name != name or _file_hash(folder / name) != expected:
                     raise CoterieError(f"{folder / name}: truncated or edited since it was recorded; profile again")
@@ -285,6 +288,12 @@ def merge(profiles: Sequence[Profile]) -> Profile:
         tokens=TokenTrace.concatenate(traces) if traces else None,
         provenance={"merged": [dict(profile.provenance) for profile in profiles]},
     )
+
+
+def _header_digest(header: Mapping[str, Any]) -> str:
+    """SHA-256 over everything else in `profile.json`."""
+    rest = {name: value for name, value in header.items() if name != "header_digest"}
+    return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
 
 
 def _file_hash(path: Path) -> str:

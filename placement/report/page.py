@@ -8,7 +8,8 @@ import jinja2
 import numpy as np
 
 from placement.cost import evaluate
-from placement.placement_map import PlacementMap, write_text
+from placement.files import write_text
+from placement.placement_map import PlacementMap
 from placement.report import figures
 from placement.runtime.bench import BenchResult
 from profiler.errors import CoterieError

@@ -13,11 +13,12 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 
-from placement.placement_map import PlacementMap, read_json, write_json
+from placement.files import read_json, write_json
+from placement.placement_map import PlacementMap
 from placement.runtime.experts import IMPLEMENTATIONS, build_implementations, installed
 from placement.runtime.launch import run_on_ranks
 from placement.runtime.meter import PHASES, Meter
-from profiler.calibration import Document, make_batches
+from profiler.calibration import Document
 from profiler.errors import CoterieError
 from profiler.families import find_moe_layers, read_spec
 from profiler.loading import load_model
@@ -128,7 +129,7 @@ def bench(
     loaded = load_model(model, "cpu")
     placement.require_model(read_spec(loaded.model, loaded.name))
     num_ranks = placement.topology.num_ranks
-    batches = make_batches(documents, loaded.tokenizer, sequence_length, 1, None)
+    batches = loaded.batches(documents, sequence_length, batch_size=1)
     full = [batch.input_ids[0].tolist() for batch in batches if batch.num_tokens == sequence_length]
     needed = num_ranks * sequences_per_rank
     if len(full) < needed:

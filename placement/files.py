@@ -1,0 +1,72 @@
+"""Reading and writing one-file artifacts: JSON and text, whole or not at all."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from profiler.errors import CoterieError
+
+
+def require_writable(path: Path) -> None:
+    """Check before long work that its result can be written.
+
+    Raises:
+        CoterieError: the nearest folder above `path` that exists is not a folder, or not writable.
+    """
+    parent = next(folder for folder in path.absolute().parents if folder.exists())
+    if not parent.is_dir() or not os.access(parent, os.W_OK):
+        raise CoterieError(
+            f"{path}: cannot be written (no permission, or {parent} is a file); give a writable path to -o"
+        )
+
+
+def write_json(path: Path, value: object) -> None:
+    """Write one artifact as JSON, renamed into place when complete.
+
+    Raises:
+        CoterieError: the file cannot be written.
+    """
+    write_text(path, json.dumps(value, indent=1, allow_nan=False) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write one artifact, renamed into place when complete.
+
+    Raises:
+        CoterieError: the file cannot be written.
+    """
+    temporary = path.with_name(f".{path.name}.partial")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary.write_text(text, encoding="utf-8")
+        temporary.replace(path)
+    except OSError as error:
+        raise CoterieError(f"{path}: cannot be written ({error.strerror}); give a writable path to -o") from error
+    finally:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+
+
+def read_json(path: Path, what: str, remedy: str) -> dict[str, Any]:
+    """Read one JSON artifact.
+
+    Args:
+        what: the artifact's name, for messages.
+        remedy: what to do when it is not there.
+
+    Raises:
+        CoterieError: it is missing, unreadable or not a JSON object.
+    """
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise CoterieError(f"{path}: no such file; {remedy}") from None
+    except (OSError, ValueError, RecursionError) as error:
+        raise CoterieError(f"{path}: truncated, or not {what} ({error}); {remedy}") from error
+    if not isinstance(value, dict):
+        raise CoterieError(f"{path}: not {what} (a JSON object is expected); {remedy}")
+    return value

@@ -1,0 +1,165 @@
+"""The command line as a person uses it: the whole chain, and one line for every mistake."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import make_spec, make_trace, random_ids, tiny_model
+
+from placement import cli
+from placement.placement_map import PlacementMap
+from placement.topology import Topology
+from profiler import Profile, zoo
+
+
+def run(monkeypatch, *arguments) -> int:
+    """Run the command line in this process; returns the exit code."""
+    monkeypatch.setattr(sys, "argv", ["coterie", *map(str, arguments)])
+    try:
+        cli.main()
+    except SystemExit as stop:
+        return int(stop.code or 0)
+    return 0
+
+
+@pytest.fixture(scope="module")
+def chain(tmp_path_factory):
+    """Profile, plan, bench and report of the embedded model on a little text, each in a process of its own."""
+    folder = tmp_path_factory.mktemp("chain")
+    commands = [
+        ["profile", "-o", "run.profile", "--max-tokens", "12000", "--json"],
+        ["plan", "run.profile", "--ranks", "2", "-o", "plan.json", "--json"],
+        ["bench", "plan.json", "--repeats", "1", "--sequences-per-rank", "1", "-o", "bench.json", "--json"],
+        ["report", "run.profile", "plan.json", "bench.json", "-o", "report.html"],
+    ]
+    outputs = []
+    for command in commands:
+        done = subprocess.run(
+            [sys.executable, "-c", "from placement.cli import main; main()", *command],
+            cwd=folder,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert done.returncode == 0, done.stderr
+        outputs.append(done.stdout)
+    return folder, outputs
+
+
+def test_the_whole_chain(chain):
+    folder, outputs = chain
+    assert sorted(path.name for path in folder.iterdir()) == ["bench.json", "plan.json", "report.html", "run.profile"]
+    assert json.loads(outputs[0])["num_tokens"] == 12_000
+    metrics = json.loads(outputs[1])["metrics"]
+    assert (
+        metrics["search"]["held_out"]["busiest_ingress"]["mean"]
+        < metrics["linear"]["held_out"]["busiest_ingress"]["mean"]
+    )
+    rows = json.loads(outputs[2])["rows"]
+    assert [(row["implementation"], row["map"]) for row in rows] == [
+        ("transformers all_to_all", "linear"),
+        ("coterie", "linear"),
+        ("coterie", "planned"),
+    ]
+    assert all(row["max_difference"] < 1e-4 for row in rows)
+    assert rows[2]["bytes_sent"] < rows[1]["bytes_sent"] < rows[0]["bytes_sent"]
+
+
+def test_planning_again_gives_the_same_bytes(chain, monkeypatch, tmp_path):
+    folder, _ = chain
+    assert run(monkeypatch, "plan", folder / "run.profile", "--ranks", 2, "-o", tmp_path / "again.json") == 0
+    assert (tmp_path / "again.json").read_bytes() == (folder / "plan.json").read_bytes()
+
+
+@pytest.fixture
+def bad(tmp_path):
+    """Things that no command may take."""
+    trace = make_trace(random_ids(0, 2, 60, 8, 2))
+    Profile.from_tokens(make_spec(2, 8, 2), ["a", "b"], trace, {}).save(tmp_path / "ok.profile")
+    Profile.from_tokens(make_spec(2, 8, 2), ["a", "b"], trace, {}).save(tmp_path / "cut.profile")
+    shard = tmp_path / "cut.profile" / "tokens-00000.safetensors"
+    shard.write_bytes(shard.read_bytes()[:-10])
+    PlacementMap.linear(make_spec(2, 16, 2), Topology.for_experts(16, 2)).save(tmp_path / "other.json")
+    (tmp_path / "empty.txt").touch()
+    (tmp_path / "some.txt").write_text("text")
+    (tmp_path / "broken.json").write_text('{"schema_version": 1, ')
+    dense = tmp_path / "dense"
+    from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(
+        vocab_size=32, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2
+    )
+    LlamaForCausalLM(config).save_pretrained(dense)
+    AutoTokenizer.from_pretrained(zoo.MODEL).save_pretrained(dense)
+    for name in ("no-tokenizer", "wrong"):
+        tiny_model("olmoe").save_pretrained(tmp_path / name)
+    AutoTokenizer.from_pretrained(zoo.MODEL).save_pretrained(tmp_path / "wrong")
+    return tmp_path
+
+
+MISTAKES = {
+    "missing model": (["profile", "{bad}/nowhere", "-o", "{bad}/out"], "no such model folder"),
+    "folder without a model": (["profile", "{bad}/ok.profile", "-o", "{bad}/out"], "cannot be loaded as a model"),
+    "model without a tokenizer": (["profile", "{bad}/no-tokenizer", "-o", "{bad}/out"], "makes 0 tokens of the text"),
+    "tokenizer of another model": (["profile", "{bad}/wrong", "-o", "{bad}/out"], "the vocabulary has 64"),
+    "dense model": (["profile", "{bad}/dense", "--data", "{bad}/some.txt", "-o", "{bad}/out"], "has no MoE layers"),
+    "empty data": (["profile", "--data", "{bad}/empty.txt", "-o", "{bad}/out"], "0 characters of text"),
+    "missing data": (["profile", "--data", "{bad}/no.txt", "-o", "{bad}/out"], "no such file or folder"),
+    "output is something else": (["profile", "--max-tokens", "9", "-o", "{bad}/dense"], "is not a profile"),
+    "missing profile": (["plan", "{bad}/nowhere", "--ranks", "2", "-o", "{bad}/out"], "not a profile"),
+    "truncated profile": (["plan", "{bad}/cut.profile", "--ranks", "2", "-o", "{bad}/out"], "truncated or edited"),
+    "ranks that do not divide": (
+        ["plan", "{bad}/ok.profile", "--ranks", "3", "-o", "{bad}/out"],
+        "give --ranks one of 1, 2, 4, 8",
+    ),
+    "no ranks": (["plan", "{bad}/ok.profile", "--ranks", "0", "-o", "{bad}/out"], "0 ranks cannot share"),
+    "unwritable output": (
+        ["plan", "{bad}/ok.profile", "--ranks", "2", "-o", "{bad}/some.txt/out"],
+        "cannot be written",
+    ),
+    "missing map": (["bench", "{bad}/nowhere.json"], "no such file"),
+    "truncated map": (["bench", "{bad}/broken.json"], "truncated, or not a placement map"),
+    "map of another model": (["bench", "{bad}/other.json"], "the map is for made-up"),
+    "ranks that the map has not": (["bench", "{bad}/other.json", "--ranks", "4"], "the plan is for 2"),
+    "report of another model": (
+        ["report", "{bad}/ok.profile", "{bad}/other.json", "-o", "{bad}/out"],
+        "the map is for",
+    ),
+    "report without its bench": (
+        ["report", "{bad}/ok.profile", "{bad}/other.json", "{bad}/no.json", "-o", "{bad}/out"],
+        "no such file",
+    ),
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_a_mistake_is_one_line_and_leaves_nothing(monkeypatch, capsys, bad, mistake):
+    arguments, message = MISTAKES[mistake]
+    before = sorted(path for path in bad.rglob("*"))
+    assert run(monkeypatch, *(argument.format(bad=bad) for argument in arguments)) == 1
+    output = capsys.readouterr()
+    errors = [line for line in output.err.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1, output.err
+    assert message in errors[0]
+    assert output.err.strip().splitlines()[-1] == errors[0]
+    assert output.out == ""
+    assert sorted(path for path in bad.rglob("*")) == before
+
+
+@pytest.mark.parametrize(
+    "arguments", [["plan"], ["profile", "--no-such-flag"], ["nonsense"], ["plan", "x", "--ranks", "two"]]
+)
+def test_wrong_usage_exits_with_two(monkeypatch, arguments):
+    assert run(monkeypatch, *arguments) == 2
+
+
+def test_help_is_quick_to_import():
+    code = "import sys, placement.cli; assert not {'torch', 'transformers', 'matplotlib', 'numba'} & set(sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parents[1])
+
+
+def test_every_command_shows_an_example():
+    for command in cli.app.registered_commands:
+        assert f"Example: coterie {command.callback.__name__}" in command.callback.__doc__

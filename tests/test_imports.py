@@ -1,0 +1,55 @@
+"""The one-way street: profiler knows no placement, solvers and runtime do not know each other."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+FORBIDDEN = {
+    "profiler": ("placement",),
+    "placement/solvers": ("placement.runtime", "placement.report", "placement.cli", "placement.compare"),
+    "placement/runtime": ("placement.solvers", "placement.report", "placement.cli", "placement.compare"),
+    "placement/report": ("placement.solvers", "placement.cli", "placement.compare"),
+}
+NO_TORCH = (
+    "profiler/spec.py",
+    "profiler/counts.py",
+    "profiler/profile.py",
+    "profiler/analysis.py",
+    "placement/solvers",
+)
+
+
+def imported_names(file: Path) -> set[str]:
+    names = set()
+    for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{file}: relative import"
+            names |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
+    return names
+
+
+def files_of(place: str) -> list[Path]:
+    path = ROOT / place
+    return [path] if path.is_file() else sorted(path.rglob("*.py"))
+
+
+@pytest.mark.parametrize("place", FORBIDDEN)
+def test_imports_point_one_way(place):
+    for file in files_of(place):
+        for name in imported_names(file):
+            assert not name.startswith(FORBIDDEN[place]), f"{file.relative_to(ROOT)} imports {name}"
+
+
+@pytest.mark.parametrize("place", NO_TORCH)
+def test_planning_needs_no_torch(place):
+    for file in files_of(place):
+        assert not any(name.split(".")[0] in ("torch", "transformers") for name in imported_names(file)), file
+
+
+def test_only_the_command_line_sees_everything():
+    for file in [*files_of("profiler"), *files_of("placement")]:
+        assert "placement.cli" not in imported_names(file), file

@@ -1,0 +1,57 @@
+"""The embedded model loads as any other, learned something, and routes with structure."""
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from placement.compare import plan_and_compare
+from placement.topology import Topology
+from profiler import Profile, zoo
+from profiler.analysis import shuffled
+from profiler.calibration import read_documents
+from profiler.loading import load_model, profile_model
+
+
+@pytest.fixture(scope="module")
+def loaded():
+    return load_model(None, "cpu")
+
+
+def test_it_loads_with_plain_from_pretrained_and_is_small():
+    model = AutoModelForCausalLM.from_pretrained(zoo.MODEL)
+    AutoTokenizer.from_pretrained(zoo.MODEL)
+    assert model.dtype == torch.bfloat16
+    assert 5e6 <= model.num_parameters() <= 8e6
+    assert sum(path.stat().st_size for path in zoo.MODEL.iterdir()) <= 16e6
+
+
+def test_its_card_matches_what_it_does(loaded):
+    """Held-out bits per byte of one domain, in windows as training measured them, against the model card."""
+    card = (zoo.MODEL / "README.md").read_text()
+    rows = {line.split("|")[1].strip(): line.split("|")[2:4] for line in card.splitlines() if line.count("|") == 4}
+    documents = {document.domain: document.text for document in read_documents([zoo.HELD_OUT])}
+    assert set(documents) <= set(rows)
+    for domain in documents:
+        model, unigram = (float(value) for value in rows[domain])
+        assert model < unigram
+    text = documents["scripture"]
+    tokens = torch.tensor(loaded.tokenizer(text, add_special_tokens=False)["input_ids"])
+    windows = tokens[: (len(tokens) - 1) // 255 * 255 + 1].unfold(0, 256, 255)
+    with torch.no_grad():
+        logits = loaded.model(input_ids=windows).logits[:, :-1]
+    nats = torch.nn.functional.cross_entropy(logits.flatten(0, 1), windows[:, 1:].flatten(), reduction="sum")
+    scored = loaded.tokenizer.decode(tokens[1 : len(windows) * 255 + 1])
+    measured = float(nats) / 0.6931471805599453 / len(scored.encode())
+    assert measured == pytest.approx(float(rows["scripture"][0]), abs=0.02)
+
+
+def test_its_routing_has_structure_that_shuffling_destroys(loaded):
+    parts = [
+        profile_model(loaded, read_documents([texts]), max_tokens=8_000) for texts in (zoo.CALIBRATION, zoo.HELD_OUT)
+    ]
+    dealt = [Profile.from_tokens(part.model, part.domains, shuffled(part.tokens, 0), {}) for part in parts]
+    shares = []
+    for planned, unseen in (parts, dealt):
+        placement = plan_and_compare(planned, Topology.for_experts(64, 8), held_out=unseen)
+        shares.append(placement.metrics["search"]["held_out"]["intra_share"]["mean"])
+    assert shares[0] > 1.5 * shares[1]
