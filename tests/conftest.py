@@ -1,7 +1,6 @@
 """Small models and traces that every test can have."""
 
 import os
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -105,12 +104,3 @@ def profile() -> Profile:
     """Structured routing: 2 layers, 16 experts, top-4, 600 tokens in 12 sequences."""
     trace = make_trace(random_ids(0, 2, 600, 16, 4), num_sequences=12)
     return Profile.from_tokens(make_spec(2, 16, 4), ["prose", "code"], trace, {"made": "up"})
-
-
-@pytest.fixture(scope="session")
-def traces_folder() -> Path:
-    """Recorded routing of real models, where this machine has it."""
-    folder = Path(os.environ.get("COTERIE_TRACES", Path(__file__).parents[2] / "shared" / "traces"))
-    if not folder.is_dir():
-        pytest.skip(f"no recorded traces at {folder}; set COTERIE_TRACES")
-    return folder

@@ -8,6 +8,7 @@ from conftest import make_spec, make_trace, random_ids, traces
 from hypothesis import given
 from hypothesis import strategies as st
 
+from benchmarks import traces as recorded
 from placement.compare import plan_and_compare
 from placement.cost import evaluate
 from placement.solvers import STRATEGIES, plan, search
@@ -149,14 +150,21 @@ def test_shuffling_keeps_loads_and_sets(case, seed):
         assert all(len(set(ids)) == spec.top_k for ids in after.tolist())
 
 
-def test_search_beats_the_crude_search_on_recorded_routing(traces_folder):
-    """The floor that a 30-line search set on these sequences (mean of every sixth layer): 0.593 and 0.418."""
-    recorded = np.load(traces_folder / "gpt-oss-20b.npz")
-    ids = np.ascontiguousarray(recorded["topk_ids"].transpose(1, 0, 2)[::6])
-    trace = make_trace(ids)
-    trace = type(trace)(ids, recorded["sequence_ids"], recorded["domain_ids"], trace.phase)
-    domains = [str(name) for name in recorded["domain_names"]]
-    planned, unseen = Profile.from_tokens(make_spec(4, 32, 4), domains, trace, {}).split_by_sequence()
-    for num_ranks, floor in ((4, 0.593), (8, 0.418)):
-        placement = plan(planned, Topology.for_experts(32, num_ranks))
-        assert evaluate(placement, unseen.tokens).busiest_ingress.mean() < floor
+@pytest.mark.skipif(not recorded.FOLDER.is_dir(), reason="no recorded traces; set COTERIE_TRACES")
+@pytest.mark.parametrize(("num_ranks", "floor"), [(4, 0.593), (8, 0.418)])
+def test_search_beats_a_plain_swap_search_on_recorded_routing(num_ranks, floor):
+    """What a 30-line swap search reached on these sequences: held-out busiest_ingress, mean of every sixth layer."""
+    planned, unseen = recorded.load("gpt-oss-20b", every_nth_layer=6).split_by_sequence()
+    placement = plan(planned, Topology.for_experts(32, num_ranks))
+    assert evaluate(placement, unseen.tokens).busiest_ingress.mean() < floor
+
+
+@pytest.mark.skipif(not recorded.FOLDER.is_dir(), reason="no recorded traces; set COTERIE_TRACES")
+@pytest.mark.parametrize("num_ranks", [4, 8, 16])
+def test_search_beats_load_only_on_a_short_trace(num_ranks):
+    """9,000 tokens to plan with: held-out gains are smaller there, and still clear."""
+    planned, unseen = recorded.load("deepseek-v2-lite", every_nth_layer=6).split_by_sequence()
+    topology = Topology.for_experts(64, num_ranks)
+    search_map, load_map = (plan(planned, topology, name) for name in ("search", "load"))
+    figures = [evaluate(placement, unseen.tokens).busiest_ingress.mean() for placement in (search_map, load_map)]
+    assert figures[0] < 0.92 * figures[1]

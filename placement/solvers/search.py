@@ -21,10 +21,10 @@ import numpy.typing as npt
 from placement.solvers.contract import LayerProblem, RankOfExpert
 from placement.solvers.load import load
 
-POWERS = (4.0, 16.0)
-"""Descents minimise sum ingress^p, first with a p that feels every rank, then with one that is close to the maximum."""
+POWERS = (8.0, 16.0)
+"""Descents minimise sum ingress^p, first with a p that feels several ranks, then with one closer to the maximum."""
 
-NUM_KICKS = 12
+NUM_KICKS = 40
 SWAPS_PER_KICK = 4
 
 

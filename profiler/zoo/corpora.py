@@ -137,7 +137,12 @@ def _mathematics(folders: list[Path]) -> str:
 
 
 def _source(folder: Path) -> str:
-    files = (path for path in sorted(folder.rglob("*.py")) if not {"site-packages", "test"} & set(path.parts))
+    """All Python source below a folder, without tests, installed packages and the build's own configuration."""
+    files = (
+        path
+        for path in sorted(folder.rglob("*.py"))
+        if not {"site-packages", "test"} & set(path.parts) and not path.name.startswith("_sysconfigdata")
+    )
     return "\n".join(path.read_text(encoding="utf-8", errors="replace") for path in files)
 
 
