@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
@@ -178,6 +179,8 @@ def bench(
         print_json(dataclasses.asdict(result))
     else:
         tables.print(bench_table(result))
+    if result.backend == "gloo":
+        notes.print("ranks on one machine exchange through memory: MB sent is what a network would carry")
     if out:
         notes.print(f"wrote {out}")
 
@@ -215,8 +218,11 @@ def demo(
 
     Example: coterie demo --ranks 4
     """
+    from placement.topology import Topology
     from profiler import zoo
 
+    Topology.for_experts(zoo.NUM_EXPERTS, ranks)  # says at once what would only fail after profiling
+    require_writable(out)
     calibration, held_out = out / "calibration.profile", out / "held-out.profile"
     plan_file, bench_file, page = out / "plan.json", out / "bench.json", out / "report.html"
     notes.rule("1 of 4: which experts does each token pick?")
@@ -268,29 +274,31 @@ def plan_table(placement: PlacementMap) -> Table:
 
 
 def bench_table(result: BenchResult) -> Table:
-    """Bytes, times and differences of every row."""
+    """Bytes and times of every row; fits 80 columns."""
+    difference = max(row.max_difference for row in result.rows)
     table = Table(
         title=f"{result.model}, {result.num_ranks} ranks ({result.backend}), {result.tokens_per_rank} tokens a rank",
-        caption=f"one forward pass, slowest rank, median of {result.repeats} paired runs in ms (least to most)",
+        caption=f"ms of the slowest rank in one forward pass, median of {result.repeats} paired runs (least to most); "
+        f"copies: of a token in a layer; logits differ from one process by {difference:.1e} at most",
         title_justify="left",
+        caption_justify="left",
+        box=SIMPLE_HEAD,
+        padding=0,
+        show_edge=False,
     )
-    table.add_column("implementation")
-    table.add_column("map")
-    columns = ("MB sent", "copies a token", "dispatch", "expert", "combine", "total", "speed-up", "max difference")
-    for column in columns:
-        table.add_column(column, justify="right")
+    table.add_column("implementation", no_wrap=True)
+    table.add_column("map", no_wrap=True)
+    for column in ("MB\nsent", "copies", "dispatch", "expert", "combine", "total", "speed\nup"):
+        table.add_column(column, justify="right", no_wrap=True)
     for row in result.rows:
         table.add_row(
             row.implementation,
             row.map,
             f"{row.bytes_sent / 1e6:.1f}",
             f"{row.rows_per_token:.2f}",
-            f"{row.dispatch.median:.1f}",
-            f"{row.expert.median:.1f}",
-            f"{row.combine.median:.1f}",
-            f"{row.total.median:.1f} ({row.total.least:.1f} to {row.total.most:.1f})",
+            *(f"{phase.median:.3g}" for phase in (row.dispatch, row.expert, row.combine)),
+            f"{row.total.median:.3g} ({row.total.least:.3g}-{row.total.most:.3g})",
             f"{row.speed_up:.2f}",
-            f"{row.max_difference:.1e}",
         )
     return table
 

@@ -59,7 +59,7 @@ def test_the_whole_chain(chain):
     )
     rows = json.loads(outputs[2])["rows"]
     assert [(row["implementation"], row["map"]) for row in rows] == [
-        ("transformers all_to_all", "linear"),
+        ("HF all_to_all", "linear"),
         ("coterie", "linear"),
         ("coterie", "planned"),
     ]

@@ -27,7 +27,7 @@ SCHEMA_VERSION = 1
 MAX_DIFFERENCE = 1e-4
 """Largest absolute difference of logits from the single-process model that counts as exact in float32."""
 
-CASES = (("transformers all_to_all", "linear"), ("coterie", "linear"), ("coterie", "planned"))
+CASES = (("HF all_to_all", "linear"), ("coterie", "linear"), ("coterie", "planned"))
 """Implementation and map of each row; speed-ups are against the first."""
 
 

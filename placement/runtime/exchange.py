@@ -4,7 +4,7 @@ One `ExchangeIndex` is built for each layer call and read in both directions.  A
 to one rank; a pair is one (token, expert) of it.  What travels:
 
     dispatch    rows     hidden state of each token, once per destination rank
-                pairs    (row on arrival, local expert) and routing weight, 8 + 4 bytes
+                pairs    (row on arrival, local slot) in one whole number and the routing weight, 4 + 4 bytes
     combine     rows     the weighted sum over a row's experts, made before the return
 
 Sums are exact up to the order of addition.
@@ -71,7 +71,7 @@ def build_index(slots_TK: torch.Tensor, slots_per_rank: int, group: dist.Process
     received = torch.empty_like(sent)
     dist.all_to_all_single(received, sent, group=group)
     (rows_to, pairs_to), (rows_from, pairs_from) = torch.stack([sent.T, received.T]).tolist()
-    codes = pair_codes.flatten()[pair_order]
+    codes = pair_codes.flatten().index_select(0, pair_order)
     return ExchangeIndex(token_of_row, pair_order, codes, rows_to, rows_from, pairs_to, pairs_from)
 
 
@@ -85,20 +85,22 @@ def dispatch(
 ) -> Arrived:
     """Send every token once to each rank that serves it, with its picks there and their weights."""
     rank = dist.get_rank(group)
-    rows = hidden_TH[index.token_of_row]
+    rows = hidden_TH.index_select(0, index.token_of_row)
     hidden = all_to_all(rows, index.rows_from, index.rows_to, group)
-    codes = all_to_all(index.pair_codes, index.pairs_from, index.pairs_to, group)
-    pair_weights = weights_TK.flatten()[index.pair_order].to(torch.float32)
-    weights = all_to_all(pair_weights, index.pairs_from, index.pairs_to, group)
+    # Codes travel as the bits of a float beside the weight, so that pairs are one message; nothing computes with them.
+    codes_as_float = index.pair_codes.to(torch.int32).view(torch.float32)
+    weights = weights_TK.flatten().index_select(0, index.pair_order).to(torch.float32)
+    pairs = torch.stack([codes_as_float, weights], dim=1)
+    arrived_pairs = all_to_all(pairs, index.pairs_from, index.pairs_to, group)
+    codes = arrived_pairs[:, 0].detach().contiguous().view(torch.int32).long()
     meter.rows_sent += len(rows)
     meter.count_sent(rows, index.rows_to, rank)
-    meter.count_sent(index.pair_codes, index.pairs_to, rank)
-    meter.count_sent(pair_weights, index.pairs_to, rank)
+    meter.count_sent(pairs, index.pairs_to, rank)
     # Rows arrive grouped by source; each source numbered its own from zero.
     rows_from = torch.tensor(index.rows_from, device=codes.device)
     pairs_from = torch.tensor(index.pairs_from, device=codes.device)
     first_row = torch.repeat_interleave(rows_from.cumsum(0) - rows_from, pairs_from)
-    return Arrived(hidden, codes // slots_per_rank + first_row, codes % slots_per_rank, weights)
+    return Arrived(hidden, codes // slots_per_rank + first_row, codes % slots_per_rank, arrived_pairs[:, 1])
 
 
 def combine(

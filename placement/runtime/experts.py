@@ -47,7 +47,7 @@ class CoterieEP(EPImplementation):  # type: ignore[misc]
             partial_sums = torch.zeros_like(arrived.hidden)
             if len(arrived.row_of_pair):
                 outputs = self.experts_forward(
-                    arrived.hidden[arrived.row_of_pair],
+                    arrived.hidden.index_select(0, arrived.row_of_pair),
                     arrived.slot_of_pair.unsqueeze(-1),
                     arrived.weight_of_pair.to(arrived.hidden.dtype).unsqueeze(-1),
                 )
@@ -99,7 +99,7 @@ class MeteredAllToAllEP(AllToAllEP):  # type: ignore[misc]
 
 MakeEP = Callable[[nn.Module, DeviceMesh, DeviceMesh, torch.Tensor, Meter], EPImplementation]
 
-IMPLEMENTATIONS: dict[str, MakeEP] = {"transformers all_to_all": MeteredAllToAllEP, "coterie": CoterieEP}
+IMPLEMENTATIONS: dict[str, MakeEP] = {"HF all_to_all": MeteredAllToAllEP, "coterie": CoterieEP}
 
 
 def local_experts(experts: nn.Module, logical_ids: Sequence[int]) -> nn.Module:

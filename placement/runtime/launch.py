@@ -32,8 +32,11 @@ def run_on_ranks(worker: Worker, num_ranks: int, arguments: dict[str, Any]) -> l
         try:
             start_processes(_run_rank, (worker, num_ranks, arguments, folder), nprocs=num_ranks, start_method="spawn")
         except (ProcessRaisedException, ProcessExitedException) as error:
-            last_line = str(error).strip().splitlines()[-1]
-            raise CoterieError(f"rank {error.error_index} of {num_ranks} failed: {last_line}") from error
+            # One rank's failure breaks the others' exchanges: the first to fail is the one to name.
+            failures = sorted(Path(folder).glob("*.error"), key=lambda path: path.stat().st_mtime_ns)
+            rank = failures[0].stem if failures else str(error.error_index)
+            reason = failures[0].read_text() if failures else str(error).strip().splitlines()[-1]
+            raise CoterieError(f"rank {rank} of {num_ranks} failed: {reason}") from error
         return [json.loads((Path(folder) / f"{rank}.json").read_text()) for rank in range(num_ranks)]
 
 
@@ -67,5 +70,9 @@ def _run_rank(rank: int, worker: Worker, num_ranks: int, arguments: dict[str, An
         result = worker(rank, device, arguments)
         (Path(folder) / f"{rank}.json").write_text(json.dumps(result))
         dist.barrier()
+    except Exception as error:
+        reason = str(error).strip().splitlines()
+        (Path(folder) / f"{rank}.error").write_text(f"{type(error).__name__}: {reason[0] if reason else 'no message'}")
+        raise
     finally:
         dist.destroy_process_group()

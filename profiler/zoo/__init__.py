@@ -3,6 +3,7 @@
 from pathlib import Path
 
 NAME = "coterie-zoo"
+NUM_EXPERTS = 64
 MODEL = Path(__file__).parent / "model"
 CALIBRATION = Path(__file__).parent / "text" / "calibration"
 HELD_OUT = Path(__file__).parent / "text" / "held_out"

@@ -25,6 +25,7 @@ from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import OlmoeConfig, OlmoeForCausalLM, PreTrainedTokenizerFast
 
+from profiler.zoo import NUM_EXPERTS
 from profiler.zoo.corpora import CORPORA, Split, read_split
 
 SEED = 0
@@ -46,7 +47,7 @@ CONFIG = OlmoeConfig(
     intermediate_size=40,
     num_hidden_layers=4,
     num_attention_heads=6,
-    num_experts=64,
+    num_experts=NUM_EXPERTS,
     num_experts_per_tok=8,
     max_position_embeddings=512,
     tie_word_embeddings=True,
