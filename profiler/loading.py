@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import datetime
 import importlib.metadata
-import os
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -68,13 +68,17 @@ def load_model(model: str | None, device: str | None = None) -> LoadedModel:
         CoterieError: there is no such model or it cannot be loaded.
     """
     # Importing transformers takes seconds: only where a model is really loaded.
+    from huggingface_hub.utils.logging import set_verbosity_error
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from transformers.utils.logging import disable_progress_bar
 
     disable_progress_bar()
+    set_verbosity_error()  # it would report each retry; the outcome is one line of ours
     source = str(zoo.MODEL) if model is None else model
-    if os.sep in source and not Path(source).is_dir() and (source.startswith((".", os.sep)) or source.count("/") > 1):
-        raise CoterieError(f"{source}: no such model folder; give a folder that holds config.json, or a hub id")
+    if not Path(source).is_dir() and not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", source):
+        raise CoterieError(
+            f"{source}: no such model folder; give a folder with config.json, or a hub id like owner/name"
+        )
     device = device or default_device()
     try:
         tokenizer = AutoTokenizer.from_pretrained(source)

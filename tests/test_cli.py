@@ -101,6 +101,7 @@ def bad(tmp_path):
 
 MISTAKES = {
     "missing model": (["profile", "{bad}/nowhere", "-o", "{bad}/out"], "no such model folder"),
+    "name without a model": (["profile", "nowhere", "-o", "{bad}/out"], "no such model folder"),
     "folder without a model": (["profile", "{bad}/ok.profile", "-o", "{bad}/out"], "cannot be loaded as a model"),
     "model without a tokenizer": (["profile", "{bad}/no-tokenizer", "-o", "{bad}/out"], "makes 0 tokens of the text"),
     "tokenizer of another model": (["profile", "{bad}/wrong", "-o", "{bad}/out"], "the vocabulary has 64"),

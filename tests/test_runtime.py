@@ -67,8 +67,8 @@ def compare_with_one_process(rank, _device, _arguments):
         index = build_index(torch.from_numpy(slots_TK), SLOTS_PER_RANK, dist.group.WORLD)
         traffic = expected_traffic(slots_TK.tolist(), SLOTS_PER_RANK, NUM_RANKS)
         assert index.token_of_row.tolist() == [token for rows in traffic.rows_to for token in rows]
-        assert index.rows_to == [len(rows) for rows in traffic.rows_to]
-        assert index.pairs_to == [len(pairs) for pairs in traffic.pairs_to]
+        assert index.rows.to == [len(rows) for rows in traffic.rows_to]
+        assert index.pairs.to == [len(pairs) for pairs in traffic.pairs_to]
         codes = iter(index.pair_codes.tolist())
         for rows, pairs in zip(traffic.rows_to, traffic.pairs_to, strict=True):
             for token, local in pairs:

@@ -1,5 +1,6 @@
 """Every strategy on every scenario, and the search's closed forms against trying the swap."""
 
+import importlib
 import itertools
 
 import numpy as np
@@ -17,7 +18,7 @@ from placement.topology import Topology
 from profiler import CoterieError, Profile
 from profiler.analysis import shuffled
 
-search_module = __import__("placement.solvers.search", fromlist=["_descend"])
+search_module = importlib.import_module("placement.solvers.search")
 
 SCENARIOS = {
     "structured": random_ids(0, 1, 400, 16, 4),

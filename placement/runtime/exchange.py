@@ -22,6 +22,19 @@ from placement.runtime.meter import Meter
 
 
 @dataclass(frozen=True)
+class Splits:
+    """How many consecutive rows of one tensor go to each rank, and how many come from it."""
+
+    to: list[int]
+    received: list[int]
+
+    @property
+    def reversed(self) -> Splits:
+        """The way back."""
+        return Splits(self.received, self.to)
+
+
+@dataclass(frozen=True)
 class ExchangeIndex:
     """Which tokens go where, and what comes back, seen from one rank.
 
@@ -29,17 +42,15 @@ class ExchangeIndex:
         token_of_row: int64 (rows sent,), grouped by destination rank, tokens ascending in each group.
         pair_order: int64 (T*K,), the (token, pick) of each sent pair, grouped by destination rank.
         pair_codes: int64 (T*K,), row on arrival * slots_per_rank + local slot, in that order.
-        rows_to, rows_from: rows sent to and received from each rank.
-        pairs_to, pairs_from: likewise for pairs.
+        rows: how many rows go to each rank and come from it.
+        pairs: likewise for pairs.
     """
 
     token_of_row: torch.Tensor
     pair_order: torch.Tensor
     pair_codes: torch.Tensor
-    rows_to: list[int]
-    rows_from: list[int]
-    pairs_to: list[int]
-    pairs_from: list[int]
+    rows: Splits
+    pairs: Splits
 
 
 @dataclass(frozen=True)
@@ -72,7 +83,7 @@ def build_index(slots_TK: torch.Tensor, slots_per_rank: int, group: dist.Process
     dist.all_to_all_single(received, sent, group=group)
     (rows_to, pairs_to), (rows_from, pairs_from) = torch.stack([sent.T, received.T]).tolist()
     codes = pair_codes.flatten().index_select(0, pair_order)
-    return ExchangeIndex(token_of_row, pair_order, codes, rows_to, rows_from, pairs_to, pairs_from)
+    return ExchangeIndex(token_of_row, pair_order, codes, Splits(rows_to, rows_from), Splits(pairs_to, pairs_from))
 
 
 def dispatch(
@@ -86,19 +97,18 @@ def dispatch(
     """Send every token once to each rank that serves it, with its picks there and their weights."""
     rank = dist.get_rank(group)
     rows = hidden_TH.index_select(0, index.token_of_row)
-    hidden = all_to_all(rows, index.rows_from, index.rows_to, group)
     # Codes travel as the bits of a float beside the weight, so that pairs are one message; nothing computes with them.
     codes_as_float = index.pair_codes.to(torch.int32).view(torch.float32)
     weights = weights_TK.flatten().index_select(0, index.pair_order).to(torch.float32)
     pairs = torch.stack([codes_as_float, weights], dim=1)
-    arrived_pairs = all_to_all(pairs, index.pairs_from, index.pairs_to, group)
+    hidden, arrived_pairs = all_to_all(group, (rows, pairs), (index.rows, index.pairs))
     codes = arrived_pairs[:, 0].detach().contiguous().view(torch.int32).long()
     meter.rows_sent += len(rows)
-    meter.count_sent(rows, index.rows_to, rank)
-    meter.count_sent(pairs, index.pairs_to, rank)
+    meter.count_sent(rows, index.rows.to, rank)
+    meter.count_sent(pairs, index.pairs.to, rank)
     # Rows arrive grouped by source; each source numbered its own from zero.
-    rows_from = torch.tensor(index.rows_from, device=codes.device)
-    pairs_from = torch.tensor(index.pairs_from, device=codes.device)
+    rows_from = torch.tensor(index.rows.received, device=codes.device)
+    pairs_from = torch.tensor(index.pairs.received, device=codes.device)
     first_row = torch.repeat_interleave(rows_from.cumsum(0) - rows_from, pairs_from)
     return Arrived(hidden, codes // slots_per_rank + first_row, codes % slots_per_rank, arrived_pairs[:, 1])
 
@@ -107,31 +117,46 @@ def combine(
     partial_sums: torch.Tensor, index: ExchangeIndex, num_tokens: int, group: dist.ProcessGroup, meter: Meter
 ) -> torch.Tensor:
     """Return each row's partial sum (rows received, H) to its source and add them up by token: (T, H)."""
-    meter.count_sent(partial_sums, index.rows_from, dist.get_rank(group))
-    returned = all_to_all(partial_sums, index.rows_to, index.rows_from, group)
+    meter.count_sent(partial_sums, index.rows.received, dist.get_rank(group))
+    (returned,) = all_to_all(group, (partial_sums,), (index.rows.reversed,))
     out = partial_sums.new_zeros((num_tokens, partial_sums.shape[1]))
     return out.index_add(0, index.token_of_row, returned)
 
 
-class _AllToAll(torch.autograd.Function):
-    """`all_to_all_single` along dimension 0, whose backward is the same exchange the other way."""
+def all_to_all(
+    group: dist.ProcessGroup, tensors: tuple[torch.Tensor, ...], splits: tuple[Splits, ...]
+) -> tuple[torch.Tensor, ...]:
+    """Exchange rows of several tensors at once; gradients travel back the same way."""
+    out: tuple[torch.Tensor, ...] = _AllToAll.apply(group, splits, *tensors)  # type: ignore[no-untyped-call]
+    return out
 
+
+class _AllToAll(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, rows: torch.Tensor, receive: list[int], send: list[int], group: dist.ProcessGroup
-    ) -> torch.Tensor:
-        ctx.sizes, ctx.group = (receive, send), group
-        out = rows.new_empty((sum(receive), *rows.shape[1:]))
-        dist.all_to_all_single(out, rows.contiguous(), receive, send, group=group)
-        return out
+        ctx: Any, group: dist.ProcessGroup, splits: tuple[Splits, ...], *tensors: torch.Tensor
+    ) -> tuple[torch.Tensor, ...]:
+        ctx.group, ctx.splits = group, splits
+        return _exchange(group, tensors, splits)
 
     @staticmethod
-    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor, None, None, None]:
-        receive, send = ctx.sizes
-        return all_to_all(gradients[0], send, receive, ctx.group), None, None, None
+    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        return None, None, *_exchange(ctx.group, gradients, tuple(split.reversed for split in ctx.splits))
 
 
-def all_to_all(rows: torch.Tensor, receive: list[int], send: list[int], group: dist.ProcessGroup) -> torch.Tensor:
-    """Send `send[r]` consecutive rows to each rank r and receive `receive[r]` from it."""
-    out: torch.Tensor = _AllToAll.apply(rows, receive, send, group)  # type: ignore[no-untyped-call]
-    return out
+def _exchange(
+    group: dist.ProcessGroup, tensors: tuple[torch.Tensor, ...], splits: tuple[Splits, ...]
+) -> tuple[torch.Tensor, ...]:
+    """Start every exchange before waiting for any, so that their latencies overlap."""
+    outputs = tuple(
+        tensor.new_empty((sum(split.received), *tensor.shape[1:]))
+        for tensor, split in zip(tensors, splits, strict=True)
+    )
+    pending = [
+        dist.all_to_all_single(output, tensor.contiguous(), split.received, split.to, group=group, async_op=True)
+        for output, tensor, split in zip(outputs, tensors, splits, strict=True)
+    ]
+    for work in pending:
+        if work is not None:
+            work.wait()
+    return outputs

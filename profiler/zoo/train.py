@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import math
+import platform
 import shutil
 import time
 from collections import Counter
@@ -26,7 +27,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import OlmoeConfig, OlmoeForCausalLM, PreTrainedTokenizerFast
 
 from profiler.zoo import NUM_EXPERTS
-from profiler.zoo.corpora import CORPORA, Split, read_split
+from profiler.zoo.corpora import BLOCK_BYTES, CORPORA, Split, read_split
 
 SEED = 0
 VOCAB_SIZE = 4096
@@ -217,10 +218,13 @@ def spread(blocks: list[str], count: int) -> list[str]:
 def model_card(scores: dict[str, DomainScore], num_steps: int, num_parameters: int, train_tokens: int) -> str:
     """The Markdown of the model's README."""
     rows = "\n".join(f"| {domain} | {score.model:.3f} | {score.unigram:.3f} |" for domain, score in scores.items())
+    standard_library = f"the standard library of CPython {platform.python_version()}"
     sources = "\n".join(
-        f"| {corpus.domain} | {', '.join(f'{name} {version}' for _, name, version in corpus.packages) or 'CPython'} |"
+        f"| {corpus.domain} | {', '.join(f'{name} {version}' for _, name, version in corpus.packages) or standard_library} |"
         for corpus in CORPORA
     )
+    sequences = len(CORPORA) * SEQUENCES_PER_DOMAIN
+    tokens = num_steps * sequences * SEQUENCE_LENGTH
     return f"""---
 license: apache-2.0
 tags: [mixture-of-experts, olmoe]
@@ -228,31 +232,35 @@ tags: [mixture-of-experts, olmoe]
 # coterie-zoo: a small Mixture-of-Experts language model
 
 OLMoE architecture: {CONFIG.num_hidden_layers} layers, {CONFIG.num_experts} experts, top-{CONFIG.num_experts_per_tok},
-hidden size {CONFIG.hidden_size}, expert width {CONFIG.intermediate_size}, {num_parameters:,} parameters in bfloat16.
-It exists so that expert placement can be tried on routing that was learned, on any machine, without a download.
-It is not useful for writing text.
+hidden size {CONFIG.hidden_size}, expert width {CONFIG.intermediate_size}, {num_parameters:,} parameters in bfloat16; plain
+`from_pretrained` loads it. It exists so that expert placement can be tried on routing that was learned, on any machine,
+without a download. It is of no use for writing text.
 
-Trained by `profiler/zoo/train.py` for {num_steps:,} steps of {len(CORPORA) * SEQUENCES_PER_DOMAIN} sequences of
-{SEQUENCE_LENGTH} tokens ({num_steps * len(CORPORA) * SEQUENCES_PER_DOMAIN * SEQUENCE_LENGTH:,} tokens,
-{num_steps * len(CORPORA) * SEQUENCES_PER_DOMAIN * SEQUENCE_LENGTH / train_tokens:.1f} passes over {train_tokens:,}),
-AdamW, peak learning rate {PEAK_LEARNING_RATE:g}, load-balancing loss {BALANCE_COEFFICIENT:g}, seed {SEED}.
+Trained by `make model` (`profiler/zoo/train.py`): {num_steps:,} steps of {sequences} sequences of {SEQUENCE_LENGTH} tokens,
+the same number of each domain; {tokens:,} tokens in all, {tokens / train_tokens:.1f} times the {train_tokens:,} that there
+are. AdamW, peak learning rate {PEAK_LEARNING_RATE:g}, linear decay over the last {DECAY_SHARE:.0%} of the steps,
+load-balancing loss {BALANCE_COEFFICIENT:g}, seed {SEED}.
 
 ## Held-out bits per byte
 
-Blocks of {SEQUENCE_LENGTH}-token windows that were neither trained on nor used for calibration. The unigram model is
-fitted to the training text of the same domain over the same tokens.
+On {SHIPPED_BLOCKS} blocks of {BLOCK_BYTES // 1024} KiB of each domain that were not trained on (they ship in
+`../text/held_out`), in windows of {SEQUENCE_LENGTH} tokens. The unigram model is fitted to the domain's own training text,
+over the same tokens.
 
 | domain | this model | unigram |
 | --- | --- | --- |
 {rows}
 
-## Data
+That its routing has structure that placement can use is measured in `benchmarks/results/routing_structure.md`.
+
+## Data and licences
 
 | domain | source |
 | --- | --- |
 {sources}
 
-Every source's licence allows its text and weights made from it to be passed on; `../LICENCES.md` names them.
+Every source's licence allows its text and weights made from it to be passed on; `../LICENCES.md` has their terms. The
+weights are under Apache-2.0.
 """
 
 
