@@ -219,10 +219,10 @@ def model_card(scores: dict[str, DomainScore], num_steps: int, num_parameters: i
     """The Markdown of the model's README."""
     rows = "\n".join(f"| {domain} | {score.model:.3f} | {score.unigram:.3f} |" for domain, score in scores.items())
     standard_library = f"the standard library of CPython {platform.python_version()}"
-    sources = "\n".join(
-        f"| {corpus.domain} | {', '.join(f'{name} {version}' for _, name, version in corpus.packages) or standard_library} |"
-        for corpus in CORPORA
-    )
+    packages = {
+        corpus.domain: ", ".join(f"{name} {version}" for _, name, version in corpus.packages) for corpus in CORPORA
+    }
+    sources = "\n".join(f"| {domain} | {source or standard_library} |" for domain, source in packages.items())
     sequences = len(CORPORA) * SEQUENCES_PER_DOMAIN
     tokens = num_steps * sequences * SEQUENCE_LENGTH
     return f"""---
@@ -232,20 +232,20 @@ tags: [mixture-of-experts, olmoe]
 # coterie-zoo: a small Mixture-of-Experts language model
 
 OLMoE architecture: {CONFIG.num_hidden_layers} layers, {CONFIG.num_experts} experts, top-{CONFIG.num_experts_per_tok},
-hidden size {CONFIG.hidden_size}, expert width {CONFIG.intermediate_size}, {num_parameters:,} parameters in bfloat16; plain
-`from_pretrained` loads it. It exists so that expert placement can be tried on routing that was learned, on any machine,
-without a download. It is of no use for writing text.
+hidden size {CONFIG.hidden_size}, expert width {CONFIG.intermediate_size}, {num_parameters:,} parameters in bfloat16.
+Plain `from_pretrained` loads it. It exists so that expert placement can be tried on routing that was learned, on any
+machine, without a download. It is of no use for writing text.
 
-Trained by `make model` (`profiler/zoo/train.py`): {num_steps:,} steps of {sequences} sequences of {SEQUENCE_LENGTH} tokens,
-the same number of each domain; {tokens:,} tokens in all, {tokens / train_tokens:.1f} times the {train_tokens:,} that there
-are. AdamW, peak learning rate {PEAK_LEARNING_RATE:g}, linear decay over the last {DECAY_SHARE:.0%} of the steps,
+Trained by `make model` (`profiler/zoo/train.py`): {num_steps:,} steps of {sequences} sequences of
+{SEQUENCE_LENGTH} tokens, the same number of each domain. That is {tokens:,} tokens, {tokens / train_tokens:.1f} times the
+{train_tokens:,} that there are. AdamW, peak learning rate {PEAK_LEARNING_RATE:g}, linear decay over the last {DECAY_SHARE:.0%} of the steps,
 load-balancing loss {BALANCE_COEFFICIENT:g}, seed {SEED}.
 
 ## Held-out bits per byte
 
 On {SHIPPED_BLOCKS} blocks of {BLOCK_BYTES // 1024} KiB of each domain that were not trained on (they ship in
-`../text/held_out`), in windows of {SEQUENCE_LENGTH} tokens. The unigram model is fitted to the domain's own training text,
-over the same tokens.
+`../text/held_out`), in windows of {SEQUENCE_LENGTH} tokens. The unigram model is fitted to the domain's own training
+text, over the same tokens.
 
 | domain | this model | unigram |
 | --- | --- | --- |
