@@ -237,9 +237,9 @@ Plain `from_pretrained` loads it. It exists so that expert placement can be trie
 machine, without a download. It is of no use for writing text.
 
 Trained by `make model` (`profiler/zoo/train.py`): {num_steps:,} steps of {sequences} sequences of
-{SEQUENCE_LENGTH} tokens, the same number of each domain. That is {tokens:,} tokens, {tokens / train_tokens:.1f} times the
-{train_tokens:,} that there are. AdamW, peak learning rate {PEAK_LEARNING_RATE:g}, linear decay over the last {DECAY_SHARE:.0%} of the steps,
-load-balancing loss {BALANCE_COEFFICIENT:g}, seed {SEED}.
+{SEQUENCE_LENGTH} tokens, the same number of each domain. That is {tokens:,} tokens, {tokens / train_tokens:.1f} times
+the {train_tokens:,} that there are. AdamW, peak learning rate {PEAK_LEARNING_RATE:g}, linear decay over the last
+{DECAY_SHARE:.0%} of the steps, load-balancing loss {BALANCE_COEFFICIENT:g}, seed {SEED}.
 
 ## Held-out bits per byte
 
