@@ -144,7 +144,7 @@ def bench(
     data: Data = None,
     sequences_per_rank: Annotated[int, typer.Option(help="Sequences in each rank's batch.")] = 2,
     sequence_length: Annotated[int, typer.Option(help="Tokens in a sequence.")] = 256,
-    repeats: Annotated[int, typer.Option(help="Timed runs of each row, taken in turns.")] = 7,
+    repeats: Annotated[int, typer.Option(help="Timed runs of each row, taken in turns.")] = 15,
     out: Annotated[Path | None, typer.Option("-o", "--out", help="JSON file to write.")] = None,
     as_json: Json = False,
 ) -> None:

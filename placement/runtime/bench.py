@@ -111,7 +111,7 @@ def bench(
     *,
     sequences_per_rank: int = 2,
     sequence_length: int = 256,
-    repeats: int = 7,
+    repeats: int = 15,
 ) -> BenchResult:
     """Run a model's forward pass expert-parallel, one process for each rank of the map, each with its own sequences.
 
