@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -112,6 +112,7 @@ def bench(
     sequences_per_rank: int = 2,
     sequence_length: int = 256,
     repeats: int = 15,
+    before_joining: Callable[[int], None] | None = None,
 ) -> BenchResult:
     """Run a model's forward pass expert-parallel, one process for each rank of the map, each with its own sequences.
 
@@ -120,6 +121,7 @@ def bench(
     Args:
         model: a folder or hub id; None for the embedded model.
         documents: text for the batches, one sequence of each domain in turn.
+        before_joining: as in `run_on_ranks`.
 
     Raises:
         CoterieError: the map is for another model, there is too little text, or logits differ by more than 1e-4.
@@ -144,7 +146,7 @@ def bench(
         "sequences": full[:needed],
         "repeats": repeats,
     }
-    ranks = run_on_ranks(_bench_rank, num_ranks, arguments)
+    ranks = run_on_ranks(_bench_rank, num_ranks, arguments, before_joining)
     rows = _rows(ranks, placement.model.num_layers * sequences_per_rank * sequence_length * num_ranks)
     for row in rows:
         if not row.max_difference <= MAX_DIFFERENCE:

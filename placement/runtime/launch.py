@@ -20,17 +20,31 @@ Worker = Callable[[int, torch.device, dict[str, Any]], dict[str, Any]]
 """Called on every rank with its number, its device and the arguments; returns what `json` can hold."""
 
 
-def run_on_ranks(worker: Worker, num_ranks: int, arguments: dict[str, Any]) -> list[dict[str, Any]]:
+def run_on_ranks(
+    worker: Worker,
+    num_ranks: int,
+    arguments: dict[str, Any],
+    before_joining: Callable[[int], None] | None = None,
+) -> list[dict[str, Any]]:
     """Run a module-level function on every rank of a fresh process group and return what each rank returned.
 
     NCCL where this machine has an accelerator for each rank, gloo on the CPU otherwise.  Results travel as JSON files.
+
+    Args:
+        before_joining: called on each rank with its number before it joins the group, such as to enter a network
+            namespace.
 
     Raises:
         CoterieError: a rank failed; the message names the first error.
     """
     with tempfile.TemporaryDirectory(prefix="coterie-") as folder, _environment(num_ranks):
         try:
-            start_processes(_run_rank, (worker, num_ranks, arguments, folder), nprocs=num_ranks, start_method="spawn")
+            start_processes(
+                _run_rank,
+                (worker, num_ranks, arguments, folder, before_joining),
+                nprocs=num_ranks,
+                start_method="spawn",
+            )
         except (ProcessRaisedException, ProcessExitedException) as error:
             # One rank's failure breaks the others' exchanges: the first to fail is the one to name.
             failures = sorted(Path(folder).glob("*.error"), key=lambda path: path.stat().st_mtime_ns)
@@ -56,7 +70,16 @@ def _environment(num_ranks: int) -> Iterator[None]:
             del os.environ[name]
 
 
-def _run_rank(rank: int, worker: Worker, num_ranks: int, arguments: dict[str, Any], folder: str) -> None:
+def _run_rank(
+    rank: int,
+    worker: Worker,
+    num_ranks: int,
+    arguments: dict[str, Any],
+    folder: str,
+    before_joining: Callable[[int], None] | None,
+) -> None:
+    if before_joining is not None:
+        before_joining(rank)
     if torch.accelerator.device_count() >= num_ranks:
         accelerator = torch.accelerator.current_accelerator()
         assert accelerator is not None
