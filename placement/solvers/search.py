@@ -21,9 +21,9 @@ import numpy.typing as npt
 from placement.solvers.contract import LayerProblem, RankOfExpert
 from placement.solvers.load import load
 
-POWER = 6.0
-"""A descent minimises sum ingress^6: close enough to the maximum, and less bent on one sample's maximum than higher
-powers, which plan a little better on long traces and lose on short ones (docs/log.md)."""
+POWERS = (6.0, 16.0)
+"""Descents minimise sum ingress^p, first with a p that feels several ranks, then with one closer to the maximum; how
+other exponents did is in docs/log.md."""
 
 NUM_KICKS = 40
 SWAPS_PER_KICK = 4
@@ -51,9 +51,18 @@ def search(problem: LayerProblem, rng: np.random.Generator) -> RankOfExpert:
         rank_of = best.copy()
         if kick:
             _kick(rank_of, expert_load, limit, problem.num_ranks, rng)
-        value = _descend(
-            problem.sets, problem.weights, members, first_member, rank_of, expert_load, problem.num_ranks, limit, POWER
-        )
+        for power in POWERS:
+            value = _descend(
+                problem.sets,
+                problem.weights,
+                members,
+                first_member,
+                rank_of,
+                expert_load,
+                problem.num_ranks,
+                limit,
+                power,
+            )
         if value < best_value:
             best, best_value = rank_of, value
     return best
