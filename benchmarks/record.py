@@ -16,18 +16,22 @@ PACKAGES = ("numba", "numpy", "torch", "transformers")
 
 def circumstances() -> dict[str, Any]:
     """Date, commit, processor and versions."""
-    commit = subprocess.run(
-        ["git", "describe", "--always", "--dirty"], capture_output=True, text=True, check=False, cwd=RESULTS
-    ).stdout.strip()
+    commit = _git("rev-parse", "--short", "HEAD")
+    changed = _git("status", "--porcelain", "--", ".", ":!benchmarks/results")
     names = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
     return {
         "date": datetime.date.today().isoformat(),
-        "commit": commit or "unknown",
+        "commit": f"{commit} with changes" if changed else commit or "unknown",
         "processor": names[0].partition(":")[2].strip() if names else platform.machine(),
         "cores": os.cpu_count(),
         "python": platform.python_version(),
         **{package: importlib.metadata.version(package) for package in PACKAGES},
     }
+
+
+def _git(*arguments: str) -> str:
+    done = subprocess.run(["git", *arguments], capture_output=True, text=True, check=False, cwd=RESULTS.parents[1])
+    return done.stdout.strip()
 
 
 def write(name: str, title: str, text: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
