@@ -1,7 +1,6 @@
 """Texts become batches: labels, budgets, and what is refused."""
 
 import pytest
-from conftest import settings  # noqa: F401 (registers the hypothesis profile)
 
 from profiler import CoterieError, zoo
 from profiler.calibration import Document, make_batches, read_documents

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, OlmoeForCausalLM
 
 from placement.compare import plan_and_compare
 from placement.topology import Topology
@@ -10,6 +10,7 @@ from profiler import Profile, zoo
 from profiler.analysis import shuffled
 from profiler.calibration import read_documents
 from profiler.loading import load_model, profile_model
+from profiler.zoo import train
 
 
 @pytest.fixture(scope="module")
@@ -55,3 +56,36 @@ def test_its_routing_has_structure_that_shuffling_destroys(loaded):
         placement = plan_and_compare(planned, Topology.for_experts(64, 8), held_out=unseen)
         shares.append(placement.metrics["search"]["held_out"]["intra_share"]["mean"])
     assert shares[0] > 1.5 * shares[1]
+
+
+@pytest.fixture
+def deterministic():
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.usefixtures("deterministic")
+def test_training_goes_on_from_a_checkpoint_as_if_it_had_not_stopped(tmp_path):
+    def fresh():
+        torch.manual_seed(0)
+        model = OlmoeForCausalLM(train.CONFIG)
+        return model, torch.optim.AdamW(model.parameters(), lr=1e-3, fused=True)
+
+    def step(model, optimizer, number):
+        tokens = [torch.arange(600).numpy() % 97 + domain for domain in range(2)]
+        input_ids = train.batch_of_step(tokens, number)
+        output = model(input_ids=input_ids, labels=input_ids, output_router_logits=True)
+        (output.loss + train.balance_loss(output.router_logits)).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    model, optimizer = fresh()
+    step(model, optimizer, 0)
+    train.save_checkpoint(tmp_path / "checkpoint.safetensors", model, optimizer, 1)
+    step(model, optimizer, 1)
+    again, its_optimizer = fresh()
+    assert train.load_checkpoint(tmp_path / "checkpoint.safetensors", again, its_optimizer) == 1
+    step(again, its_optimizer, 1)
+    for expected, parameter in zip(model.parameters(), again.parameters(), strict=True):
+        assert torch.equal(expected, parameter)

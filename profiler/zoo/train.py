@@ -128,6 +128,7 @@ def train(splits: dict[str, Split], work: Path, num_steps: int) -> tuple[OlmoeFo
     tokenizer = train_tokenizer(splits)
     tokens = [encode(tokenizer, split.train) for split in splits.values()]
     console.print(f"{sum(map(len, tokens)):,} training tokens in {len(tokens)} domains")
+    torch.use_deterministic_algorithms(True)  # sums over threads come in any order otherwise
     torch.manual_seed(SEED)
     model = OlmoeForCausalLM(CONFIG)
     matrices = [parameter for parameter in model.parameters() if parameter.ndim >= 2]
