@@ -64,8 +64,9 @@ def profile(
     from profiler import zoo
     from profiler.calibration import read_documents
     from profiler.loading import load_model, profile_model
+    from profiler.profile import require_replaceable
 
-    require_writable(out)
+    require_replaceable(out)
     documents = read_documents(data or [zoo.CALIBRATION])
     with notes.status(f"loading {model or zoo.NAME}"):
         loaded = load_model(model, device)
@@ -222,7 +223,6 @@ def demo(
     from profiler import zoo
 
     Topology.for_experts(zoo.NUM_EXPERTS, ranks)  # says at once what would only fail after profiling
-    require_writable(out)
     calibration, held_out = out / "calibration.profile", out / "held-out.profile"
     plan_file, bench_file, page = out / "plan.json", out / "bench.json", out / "report.html"
     notes.rule("1 of 4: which experts does each token pick?")

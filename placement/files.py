@@ -15,13 +15,13 @@ def require_writable(path: Path) -> None:
     """Check before long work that its result can be written.
 
     Raises:
-        CoterieError: the nearest folder above `path` that exists is not a folder, or not writable.
+        CoterieError: `path` is a folder, or the nearest place above it that exists is not a writable folder.
     """
+    if path.is_dir():
+        raise CoterieError(f"{path}: is a folder; give the name of a file to -o")
     parent = next(folder for folder in path.absolute().parents if folder.exists())
     if not parent.is_dir() or not os.access(parent, os.W_OK):
-        raise CoterieError(
-            f"{path}: cannot be written (no permission, or {parent} is a file); give a writable path to -o"
-        )
+        raise CoterieError(f"{path}: cannot be written, {parent} is no writable folder; give another name to -o")
 
 
 def write_json(path: Path, value: object) -> None:

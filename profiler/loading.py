@@ -81,6 +81,10 @@ def load_model(model: str | None, device: str | None = None) -> LoadedModel:
         )
     device = device or default_device()
     try:
+        torch.device(device)
+    except RuntimeError as error:
+        raise CoterieError(f"device {device!r}: unknown; give one such as cpu or cuda:0") from error
+    try:
         tokenizer = AutoTokenizer.from_pretrained(source)
         loaded = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32 if device == "cpu" else "auto")
         loaded = loaded.to(device)

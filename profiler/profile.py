@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -169,8 +170,7 @@ class Profile:
         Raises:
             CoterieError: something that is not a profile already has that name, or the folder cannot be written.
         """
-        if folder.exists() and not (folder / "profile.json").is_file():
-            raise CoterieError(f"{folder}: exists and is not a profile; give another name to -o")
+        require_replaceable(folder)
         temporary = folder.with_name(f".{folder.name}.partial")
         try:
             shutil.rmtree(temporary, ignore_errors=True)
@@ -244,6 +244,19 @@ class Profile:
         if profile.digest != expected_digest:
             raise CoterieError(f"{folder}: its content does not match its digest, it was edited; profile again")
         return profile
+
+
+def require_replaceable(folder: Path) -> None:
+    """Check that a profile may be written there.
+
+    Raises:
+        CoterieError: something that is not a profile has that name, or no folder can be made there.
+    """
+    if folder.exists() and not (folder / "profile.json").is_file():
+        raise CoterieError(f"{folder}: exists and is not a profile; give another name to -o")
+    parent = next(above for above in folder.absolute().parents if above.exists())
+    if not parent.is_dir() or not os.access(parent, os.W_OK):
+        raise CoterieError(f"{folder}: cannot be written, {parent} is no writable folder; give another name to -o")
 
 
 def merge(profiles: Sequence[Profile]) -> Profile:

@@ -43,12 +43,14 @@ def plan(
         on_layer: called as each layer is done.
 
     Raises:
-        CoterieError: an unknown strategy, a cap below 1, slots that do not fit the experts, or a counts-only profile.
+        CoterieError: an unknown strategy, a cap below 1, a negative seed, slots that do not fit the experts, or a counts-only profile.
     """
     if strategy not in STRATEGIES:
         raise CoterieError(f"strategy {strategy!r}: must be one of {', '.join(STRATEGIES)}")
-    if load_cap < 1:
-        raise CoterieError(f"load cap {load_cap}: must be at least 1, a rank cannot stay below the mean of all")
+    if not 1 <= load_cap < float("inf"):
+        raise CoterieError(f"load cap {load_cap}: must be a number of at least 1, no rank can stay below the mean")
+    if seed < 0:
+        raise CoterieError(f"seed {seed}: must be at least 0")
     if topology.num_slots != profile.model.num_experts:
         raise CoterieError(f"{topology.num_slots} slots for {profile.model.num_experts} experts: must be equal")
     ids_LTK = profile.require_tokens().topk_ids
