@@ -32,6 +32,7 @@ def plan_and_compare(
     Raises:
         CoterieError: as `plan` does, or the two profiles are of different models.
     """
+    source = profile.digest
     if held_out is None:
         profile, held_out = profile.split_by_sequence()
     elif not profile.model.routes_like(held_out.model):
@@ -51,4 +52,4 @@ def plan_and_compare(
             "tokens_planned_on": train.num_tokens,
             "tokens_measured_on": unseen.num_tokens,
         }
-    return replace(maps[strategy], metrics=metrics)
+    return replace(maps[strategy], metrics=metrics, profile_digest=source)

@@ -17,7 +17,7 @@ def require_writable(path: Path) -> None:
     Raises:
         CoterieError: `path` is a folder, or the nearest place above it that exists is not a writable folder.
     """
-    if path.is_dir():
+    if path.is_dir() or not path.name:
         raise CoterieError(f"{path}: is a folder; give the name of a file to -o")
     parent = next(folder for folder in path.absolute().parents if folder.exists())
     if not parent.is_dir() or not os.access(parent, os.W_OK):

@@ -156,6 +156,9 @@ class PlacementMap:
             rows = value["physical_to_logical_map"]
             if any(type(expert) is not int for row in rows for expert in row) or len({len(row) for row in rows}) != 1:
                 raise CoterieError("physical_to_logical_map: must be equally long rows of whole numbers")
+            if not isinstance(value["solver"], dict) or not isinstance(value["solver"].get("name"), str):
+                raise CoterieError(f"solver {value['solver']!r}: must be an object with a name")
+            _check_metrics(value["metrics"])
             return cls(
                 model=model,
                 topology=Topology.from_json(value["topology"]),
@@ -166,5 +169,17 @@ class PlacementMap:
             )
         except CoterieError as error:
             raise CoterieError(f"{path}: {error}") from error
-        except (KeyError, TypeError, OverflowError) as error:
+        except (AttributeError, KeyError, TypeError, OverflowError) as error:
             raise CoterieError(f"{path}: not a placement map ({type(error).__name__}: {error}); plan again") from error
+
+
+def _check_metrics(metrics: Any) -> None:
+    """What tables read of a map's metrics is there and is a number, or null where a figure is not defined."""
+    for name, figures in (metrics or {}).items():
+        for metric in ("fan_out", "busiest_ingress", "imbalance_ratio", "intra_share"):
+            for value in (figures["held_out"][metric][which] for which in ("mean", "worst")):
+                if type(value) not in (int, float, type(None)):
+                    raise CoterieError(f"metrics: {metric} of {name} is {value!r}, must be a number")
+        for count in (figures["tokens_planned_on"], figures["tokens_measured_on"]):
+            if type(count) is not int:
+                raise CoterieError(f"metrics: tokens of {name} are {count!r}, must be a whole number")

@@ -10,9 +10,7 @@ from typing import Any
 import torch
 
 from profiler.errors import CoterieError
-
-MAX_DOMAINS = 255
-"""Domain labels are stored in 8 bits."""
+from profiler.profile import MAX_DOMAINS
 
 
 @dataclass(frozen=True)

@@ -81,18 +81,18 @@ def load_model(model: str | None, device: str | None = None) -> LoadedModel:
         )
     device = device or default_device()
     try:
-        torch.device(device)
-    except RuntimeError as error:
-        raise CoterieError(f"device {device!r}: unknown; give one such as cpu or cuda:0") from error
-    try:
         tokenizer = AutoTokenizer.from_pretrained(source)
         loaded = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32 if device == "cpu" else "auto")
-        loaded = loaded.to(device)
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
+    except Exception as error:  # what loading a broken folder raises is any library's choice
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise CoterieError(
             f"{source}: cannot be loaded as a model ({reason}); give a model folder or hub id"
         ) from error
+    try:
+        loaded = loaded.to(device)
+    except (AssertionError, RuntimeError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise CoterieError(f"device {device!r}: cannot be used ({reason}); give one such as cpu or cuda:0") from error
     name = zoo.NAME if model is None else Path(source).name if Path(source).is_dir() else source
     return LoadedModel(name, loaded.eval(), tokenizer)
 

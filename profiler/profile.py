@@ -29,6 +29,8 @@ from profiler.spec import MoESpec
 SCHEMA_VERSION = 1
 TOKENS_PER_SHARD = 262_144
 PREFILL, DECODE = 0, 1
+MAX_DOMAINS = 255
+"""Domain labels are stored in 8 bits."""
 
 
 def ids_dtype(num_experts: int) -> type[np.uint8] | type[np.uint16]:
@@ -171,7 +173,7 @@ class Profile:
             CoterieError: something that is not a profile already has that name, or the folder cannot be written.
         """
         require_replaceable(folder)
-        temporary = folder.with_name(f".{folder.name}.partial")
+        temporary, replaced = (folder.with_name(f".{folder.name}.{state}") for state in ("partial", "replaced"))
         try:
             shutil.rmtree(temporary, ignore_errors=True)
             temporary.mkdir(parents=True)
@@ -195,8 +197,10 @@ class Profile:
             }
             header["header_digest"] = _header_digest(header)
             (temporary / "profile.json").write_text(json.dumps(header, indent=2) + "\n", encoding="utf-8")
-            shutil.rmtree(folder, ignore_errors=True)
+            if folder.exists():
+                folder.replace(replaced)
             temporary.replace(folder)
+            shutil.rmtree(replaced, ignore_errors=True)
         except OSError as error:
             raise CoterieError(
                 f"{folder}: cannot be written ({error.strerror}); give a writable folder to -o"
@@ -252,8 +256,15 @@ def require_replaceable(folder: Path) -> None:
     Raises:
         CoterieError: something that is not a profile has that name, or no folder can be made there.
     """
+    if not folder.name or folder.name == "..":
+        raise CoterieError(f"{folder}: is no name for a profile; give one such as run.profile to -o")
     if folder.exists() and not (folder / "profile.json").is_file():
         raise CoterieError(f"{folder}: exists and is not a profile; give another name to -o")
+    strangers = [path for path in folder.glob("*") if path.name != "profile.json" and path.suffix != ".safetensors"]
+    if strangers:
+        raise CoterieError(
+            f"{folder}: holds {strangers[0].name}, which replacing would delete; give another name to -o"
+        )
     parent = next(above for above in folder.absolute().parents if above.exists())
     if not parent.is_dir() or not os.access(parent, os.W_OK):
         raise CoterieError(f"{folder}: cannot be written, {parent} is no writable folder; give another name to -o")
@@ -274,6 +285,8 @@ def merge(profiles: Sequence[Profile]) -> Profile:
     if len({profile.tokens is None for profile in profiles}) > 1:
         raise CoterieError("cannot merge counts-only profiles with profiles that hold token sets")
     domains = tuple(dict.fromkeys(domain for profile in profiles for domain in profile.domains))
+    if len(domains) > MAX_DOMAINS:
+        raise CoterieError(f"{len(domains)} domains together, at most {MAX_DOMAINS} can be told apart; merge fewer")
     load = np.zeros((len(domains), *first.load.shape[1:]), dtype=np.int64)
     coactivation = np.zeros((len(domains), *first.coactivation.shape[1:]), dtype=np.int64)
     traces = []

@@ -21,14 +21,15 @@ class _Pass:
     """One forward pass in flight: its mask, and the selections that its layers have announced so far."""
 
     mask: torch.Tensor  # bool (B, S)
+    goes_on: bool  # with cached tokens of the same sequences
     selections: dict[int, torch.Tensor]
 
 
 class Recorder:
     """Record the selected experts of every unmasked token while a model runs.
 
-    Hooks observe and return nothing, so outputs are untouched.  Rows of a batch are sequences; a pass over one new
-    token a row is taken as decoding and goes on with the sequences of the pass before it.
+    Hooks observe and return nothing, so outputs are untouched.  Rows of a batch are sequences; a pass that uses
+    cached tokens goes on with the sequences of the pass before it, and is decoding where it adds one token a row.
 
     Example::
 
@@ -96,7 +97,9 @@ class Recorder:
         if mask is None or mask.ndim != 2:
             mask = torch.ones(batch, length, dtype=torch.bool)
         # While decoding the mask also covers the cached tokens; those of this pass are the last ones.
-        self._pass = _Pass(mask[:, -length:].bool().cpu(), {})
+        cache = kwargs.get("past_key_values")
+        goes_on = mask.shape[1] > length or (cache is not None and cache.get_seq_length() > 0)
+        self._pass = _Pass(mask[:, -length:].bool().cpu(), goes_on and self._next_sequence >= batch, {})
 
     def _make_hook(self, index: int, layer: MoELayer) -> Any:
         def record_selection(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -125,8 +128,8 @@ class Recorder:
                 for index in range(len(self._layers))
             ]
         )[:, keep_T]
-        decoding = length == 1 and self._next_sequence >= batch
-        first = self._next_sequence - batch if decoding else self._next_sequence
+        decoding = current.goes_on and length == 1
+        first = self._next_sequence - batch if current.goes_on else self._next_sequence
         self._next_sequence = first + batch
         sequence_ids = np.repeat(np.arange(first, first + batch, dtype=np.int32), length)[keep_T]
         num_tokens = int(keep_T.sum())

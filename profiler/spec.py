@@ -63,7 +63,8 @@ class MoESpec:
 
     def describe(self) -> str:
         """One phrase for messages and tables."""
-        sizes = f"{self.num_layers} MoE layers, {self.num_experts} experts, top-{self.top_k}"
+        experts = f"{self.num_experts} experts of {self.hidden_size}x{self.expert_size}"
+        sizes = f"{self.num_layers} MoE layers, {experts}, top-{self.top_k}"
         return f"{self.name} ({self.model_type}: {sizes})"
 
     def to_json(self) -> dict[str, Any]:

@@ -128,6 +128,8 @@ MISTAKES = {
     "no nodes": (["plan", "{bad}/ok.profile", "--ranks", "2", "--nodes", "0", "-o", "{bad}/out"], "0 nodes"),
     "output is a folder": (["plan", "{bad}/ok.profile", "--ranks", "2", "-o", "{bad}"], "is a folder"),
     "unknown device": (["profile", "--device", "abacus", "-o", "{bad}/out"], "device 'abacus'"),
+    "name too long": (["plan", "x" * 300, "--ranks", "2", "-o", "{bad}/out"], "File name too long"),
+    "no name": (["profile", "-o", "/"], "is no name for a profile"),
     "missing map": (["bench", "{bad}/nowhere.json"], "no such file"),
     "truncated map": (["bench", "{bad}/broken.json"], "truncated, or not a placement map"),
     "map of another model": (["bench", "{bad}/other.json"], "the map is for made-up"),

@@ -96,6 +96,9 @@ def edit(value, path, new):
         (["physical_to_logical_map", 0, 0], 0.5),
         (["physical_to_logical_map", 0, 0], 10**30),
         (["solver"], KeyError),
+        (["solver"], "search"),
+        (["metrics"], [1]),
+        (["metrics"], {"search": {}}),
     ],
 )
 def test_edited_files_are_refused_in_one_line(tmp_path, where, new):

@@ -37,6 +37,21 @@ def test_saving_again_replaces(profile, tmp_path):
     assert same(half, Profile.load_from(tmp_path / "run.profile"))
 
 
+def test_saving_again_never_deletes_other_files(profile, tmp_path):
+    profile.save(tmp_path / "run.profile")
+    (tmp_path / "run.profile" / "plan.json").write_text("mine")
+    with pytest.raises(CoterieError, match="holds plan.json"):
+        profile.save(tmp_path / "run.profile")
+    assert (tmp_path / "run.profile" / "plan.json").read_text() == "mine"
+
+
+def test_merging_too_many_domains_is_refused():
+    trace = make_trace(random_ids(0, 1, 40, 8, 2))
+    parts = [Profile.from_tokens(make_spec(1, 8, 2), [f"{run}-{i}" for i in range(200)], trace, {}) for run in (1, 2)]
+    with pytest.raises(CoterieError, match="400 domains together"):
+        merge(parts)
+
+
 def test_saving_never_replaces_something_else(profile, tmp_path):
     (tmp_path / "notes.txt").write_text("keep me")
     with pytest.raises(CoterieError, match="not a profile"):

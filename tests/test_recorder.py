@@ -94,6 +94,15 @@ def test_separate_passes_are_separate_sequences():
     assert recorder.trace().sequence_ids.tolist() == [0] * 4 + [1] * 4 + [2] * 3
 
 
+def test_one_token_without_a_cache_is_a_sequence_of_its_own():
+    model = tiny_model("olmoe")
+    with torch.no_grad(), Recorder(model) as recorder:
+        model(input_ids=torch.randint(3, 64, (2, 4)))
+        model(input_ids=torch.randint(3, 64, (2, 1)), attention_mask=torch.ones(2, 1))
+    assert recorder.trace().sequence_ids.tolist() == [0] * 4 + [1] * 4 + [2, 3]
+    assert not recorder.trace().phase.any()
+
+
 def test_hooks_are_gone_afterwards_even_after_an_error():
     model = tiny_model("olmoe")
     recorder = Recorder(model)

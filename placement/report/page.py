@@ -28,7 +28,7 @@ def write_report(profile: Profile, placement: PlacementMap, bench: BenchResult |
         bench: the run to show beside them, if there was one.
 
     Raises:
-        CoterieError: the map or the bench is for another model, or the page cannot be written.
+        CoterieError: the map is for another model, the bench for other ranks, or the page cannot be written.
     """
     placement.require_model(profile.model)
     if bench is not None and bench.num_ranks != placement.topology.num_ranks:

@@ -99,7 +99,15 @@ class BenchResult:
                 BenchRow(**{**row, **{name: Spread(**row[name]) for name in (*PHASES, "total")}})
                 for row in value.pop("rows")
             )
-            return cls(**value, rows=rows)
+            result = cls(**value, rows=rows)
+            numbers: list[float] = [result.num_ranks, result.tokens_per_rank, result.repeats]
+            for row in rows:
+                numbers += [row.bytes_sent, row.rows_per_token, row.max_difference, row.speed_up]
+                for spread in (row.dispatch, row.expert, row.combine, row.total):
+                    numbers += [spread.median, spread.least, spread.most]
+            if not rows or any(type(number) not in (int, float) for number in numbers):
+                raise CoterieError(f"{path}: not a bench result (no rows, or no numbers in them); bench again")
+            return result
         except (KeyError, TypeError) as error:
             raise CoterieError(f"{path}: not a bench result ({error}); bench again") from error
 

@@ -43,7 +43,8 @@ def plan(
         on_layer: called as each layer is done.
 
     Raises:
-        CoterieError: an unknown strategy, a cap below 1, a negative seed, slots that do not fit the experts, or a counts-only profile.
+        CoterieError: an unknown strategy, a cap below 1, a negative seed, slots that do not fit the experts, or a
+            counts-only profile.
     """
     if strategy not in STRATEGIES:
         raise CoterieError(f"strategy {strategy!r}: must be one of {', '.join(STRATEGIES)}")
