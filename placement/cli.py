@@ -20,8 +20,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from placement.files import require_writable
 from profiler.errors import CoterieError
+from profiler.files import require_writable
 
 if TYPE_CHECKING:
     from placement.placement_map import PlacementMap

@@ -11,9 +11,9 @@ from typing import Any, Self
 import numpy as np
 import numpy.typing as npt
 
-from placement.files import read_json, write_json
 from placement.topology import Topology
 from profiler.errors import CoterieError
+from profiler.files import read_json, write_json
 from profiler.spec import MoESpec
 
 SCHEMA_VERSION = 1

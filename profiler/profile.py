@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -24,6 +23,7 @@ from safetensors.numpy import load_file, save_file
 
 from profiler import counts
 from profiler.errors import CoterieError
+from profiler.files import require_writable_parent
 from profiler.spec import MoESpec
 
 SCHEMA_VERSION = 1
@@ -198,10 +198,13 @@ class Profile:
             header["header_digest"] = _header_digest(header)
             (temporary / "profile.json").write_text(json.dumps(header, indent=2) + "\n", encoding="utf-8")
             if folder.exists():
+                shutil.rmtree(replaced, ignore_errors=True)
                 folder.replace(replaced)
             temporary.replace(folder)
             shutil.rmtree(replaced, ignore_errors=True)
         except OSError as error:
+            if replaced.exists() and not folder.exists():
+                replaced.replace(folder)
             raise CoterieError(
                 f"{folder}: cannot be written ({error.strerror}); give a writable folder to -o"
             ) from error
@@ -265,9 +268,7 @@ def require_replaceable(folder: Path) -> None:
         raise CoterieError(
             f"{folder}: holds {strangers[0].name}, which replacing would delete; give another name to -o"
         )
-    parent = next(above for above in folder.absolute().parents if above.exists())
-    if not parent.is_dir() or not os.access(parent, os.W_OK):
-        raise CoterieError(f"{folder}: cannot be written, {parent} is no writable folder; give another name to -o")
+    require_writable_parent(folder)
 
 
 def merge(profiles: Sequence[Profile]) -> Profile:

@@ -8,11 +8,11 @@ import jinja2
 import numpy as np
 
 from placement.cost import evaluate
-from placement.files import write_text
 from placement.placement_map import PlacementMap
 from placement.report import figures
 from placement.runtime.bench import BenchResult
 from profiler.errors import CoterieError
+from profiler.files import write_text
 from profiler.profile import Profile
 
 MAX_LAYERS_SHOWN = 8

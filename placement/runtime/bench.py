@@ -13,7 +13,6 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 
-from placement.files import read_json, write_json
 from placement.placement_map import PlacementMap
 from placement.runtime.experts import IMPLEMENTATIONS, build_implementations, installed
 from placement.runtime.launch import run_on_ranks
@@ -21,6 +20,7 @@ from placement.runtime.meter import PHASES, Meter
 from profiler.calibration import Document
 from profiler.errors import CoterieError
 from profiler.families import find_moe_layers, read_spec
+from profiler.files import read_json, write_json
 from profiler.loading import load_model
 
 SCHEMA_VERSION = 1

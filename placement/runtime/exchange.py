@@ -64,7 +64,7 @@ class Arrived:
 
 
 def build_index(slots_TK: torch.Tensor, slots_per_rank: int, group: dist.ProcessGroup) -> ExchangeIndex:
-    """Group tokens by the ranks that serve them and tell every rank what to expect; the one host sync of a layer.
+    """Group tokens by the ranks that serve them and tell every rank what to expect; sizes are read back to the host.
 
     Args:
         slots_TK: int64 (T, K), the global slot that serves each pick.

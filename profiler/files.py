@@ -19,6 +19,15 @@ def require_writable(path: Path) -> None:
     """
     if path.is_dir() or not path.name:
         raise CoterieError(f"{path}: is a folder; give the name of a file to -o")
+    require_writable_parent(path)
+
+
+def require_writable_parent(path: Path) -> None:
+    """Check that a file or folder of that name can be made.
+
+    Raises:
+        CoterieError: the nearest place above `path` that exists is not a writable folder.
+    """
     parent = next(folder for folder in path.absolute().parents if folder.exists())
     if not parent.is_dir() or not os.access(parent, os.W_OK):
         raise CoterieError(f"{path}: cannot be written, {parent} is no writable folder; give another name to -o")
