@@ -17,7 +17,7 @@ LAYER = 2
 
 def main(folder: Path) -> None:
     unseen, placement = Profile.load_from(folder / "held-out.profile"), PlacementMap.load_from(folder / "plan.json")
-    coactivation, load = (counts[:, LAYER].sum(axis=0) for counts in (unseen.coactivation, unseen.load))
+    coactivation, load = (counts[:, LAYER].sum(axis=0) for counts in (unseen.counts.coactivation, unseen.counts.load))
     linear = PlacementMap.linear(unseen.model, placement.topology)
     before, after = (evaluate(each, unseen.require_tokens()) for each in (linear, placement))
     figure = Figure(figsize=(12, 3.9), layout="constrained")

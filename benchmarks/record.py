@@ -10,6 +10,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 RESULTS = Path(__file__).parent / "results"
 PACKAGES = ("numba", "numpy", "torch", "transformers")
 
@@ -45,6 +47,11 @@ def write(name: str, title: str, text: str, columns: Sequence[str], rows: Sequen
     value = {"circumstances": where, "columns": list(columns), "rows": [list(row) for row in rows]}
     (RESULTS / f"{name}.json").write_text(json.dumps(value, indent=1) + "\n")
     print("\n".join(lines))
+
+
+def spread(values: Sequence[float] | np.ndarray) -> str:
+    """Median (least to most)."""
+    return f"{np.median(values):.3g} ({np.min(values):.3g} to {np.max(values):.3g})"
 
 
 def _cell(value: Any) -> str:

@@ -1,20 +1,29 @@
 """Did the embedded model learn routing that placement can use? Its routing against the same routing shuffled."""
 
+import tempfile
+from pathlib import Path
+
 from benchmarks.record import write
 from placement.compare import plan_and_compare
 from placement.topology import Topology
 from profiler import zoo
 from profiler.analysis import shuffled
 from profiler.calibration import read_documents
-from profiler.loading import load_model, profile_model
+from profiler.loading import load_model
 from profiler.profile import Profile
+from profiler.profiling import profile_model
 
 METRICS = ("fan_out", "busiest_ingress", "imbalance_ratio", "intra_share")
 
 
 def main() -> None:
     loaded = load_model(None, "cpu")
-    parts = [profile_model(loaded, read_documents([texts])) for texts in (zoo.CALIBRATION, zoo.HELD_OUT)]
+    parts = []
+    with tempfile.TemporaryDirectory() as folder:
+        for texts in (zoo.CALIBRATION, zoo.HELD_OUT):
+            out = Path(folder) / texts.name
+            profile_model(loaded, read_documents([texts]), out)
+            parts.append(Profile.load_from(out))
     dealt = [Profile.from_tokens(part.model, part.domains, shuffled(part.tokens, 0), {}) for part in parts]
     rows = []
     for num_ranks in (4, 8):

@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from placement.placement_map import PlacementMap
-from profiler.profile import TokenTrace
+from profiler.trace import TokenTrace
 
 FloatsL = npt.NDArray[np.float64]
 
@@ -62,17 +62,20 @@ def evaluate(placement: PlacementMap, tokens: TokenTrace) -> Metrics:
         CoterieError: the map holds redundant experts.
     """
     num_ranks = placement.topology.num_ranks
-    num_layers, num_tokens, top_k = tokens.topk_ids.shape
+    num_layers = len(tokens.topk_ids)
     fan_out, intra_share = np.empty(num_layers), np.empty(num_layers)
     ingress, load = np.empty((num_layers, num_ranks)), np.empty((num_layers, num_ranks), dtype=np.int64)
-    num_pairs = num_tokens * top_k * (top_k - 1) // 2
+    picks_LT = tokens.picked.sum(axis=2)
+    num_pairs_L = (picks_LT * (picks_LT - 1) // 2).sum(axis=1)
     for layer, (ids_TK, rank_of_expert) in enumerate(zip(tokens.topk_ids, placement.rank_of_expert, strict=True)):
-        served_TR = _served(rank_of_expert[ids_TK], num_ranks)
+        # A pick of no expert is served on one rank past the last, which is then left out.
+        rank_of_pick = np.append(rank_of_expert, num_ranks)[np.minimum(ids_TK, len(rank_of_expert))]
+        served_TR = _served(rank_of_pick, num_ranks + 1)[:, :num_ranks]
         ingress[layer] = (served_TR > 0).mean(axis=0)
         load[layer] = served_TR.sum(axis=0, dtype=np.int64)
         fan_out[layer] = ingress[layer].sum()
         intra_pairs = (served_TR * (served_TR - 1) // 2).sum(dtype=np.int64)
-        intra_share[layer] = intra_pairs / num_pairs if num_pairs else np.nan
+        intra_share[layer] = intra_pairs / num_pairs_L[layer] if num_pairs_L[layer] else np.nan
     return Metrics(fan_out, ingress, load, intra_share)
 
 

@@ -8,19 +8,23 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from profiler.errors import CoterieError
-    from profiler.profile import Profile, TokenTrace, merge
+    from profiler.merging import merge
+    from profiler.profile import Profile
     from profiler.recorder import Recorder
     from profiler.spec import MoESpec
+    from profiler.trace import TokenTrace
+    from profiler.writer import ProfileWriter
 
-__all__ = ["CoterieError", "MoESpec", "Profile", "Recorder", "TokenTrace", "merge"]
+__all__ = ["CoterieError", "MoESpec", "Profile", "ProfileWriter", "Recorder", "TokenTrace", "merge"]
 
 _HOMES = {
     "CoterieError": "errors",
     "MoESpec": "spec",
     "Profile": "profile",
+    "ProfileWriter": "writer",
     "Recorder": "recorder",
-    "TokenTrace": "profile",
-    "merge": "profile",
+    "TokenTrace": "trace",
+    "merge": "merging",
 }
 
 

@@ -8,7 +8,7 @@ import networkx as nx
 import numpy as np
 import numpy.typing as npt
 
-from profiler.profile import TokenTrace
+from profiler.trace import TokenTrace
 
 
 def collaboration_graph(
@@ -42,9 +42,10 @@ def shuffled(tokens: TokenTrace, seed: int, num_rounds: int = 20) -> TokenTrace:
     """
     rng = np.random.default_rng(seed)
     layers = [ids_TK.copy() for ids_TK in tokens.topk_ids]
-    for ids_TK in layers:
+    for ids_TK, picked_TK in zip(layers, tokens.picked, strict=True):
+        whole = np.flatnonzero(picked_TK.all(axis=1))  # tokens with picks of no expert keep theirs
         for _ in range(num_rounds):
-            pairs = rng.permutation(len(ids_TK))[: len(ids_TK) // 2 * 2].reshape(2, -1)
+            pairs = rng.permutation(whole)[: len(whole) // 2 * 2].reshape(2, -1)
             ids_TK[pairs[0]], ids_TK[pairs[1]] = _trade(ids_TK[pairs[0]], ids_TK[pairs[1]], rng)
     return replace(tokens, topk_ids=np.stack(layers))
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from profiler.errors import CoterieError
-from profiler.profile import MAX_DOMAINS
+from profiler.trace import MAX_DOMAINS
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
 from pathlib import Path
@@ -48,13 +49,26 @@ def write_text(path: Path, text: str) -> None:
     Raises:
         CoterieError: the file cannot be written.
     """
+    write_bytes(path, text.encode("utf-8"))
+
+
+def write_bytes(path: Path, data: bytes) -> None:
+    """Write one file, renamed into place when it is complete and on the disk.
+
+    Raises:
+        CoterieError: the file cannot be written.
+    """
     temporary = path.with_name(f".{path.name}.partial")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_text(text, encoding="utf-8")
+        with temporary.open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
         temporary.replace(path)
     except OSError as error:
-        raise CoterieError(f"{path}: cannot be written ({error.strerror}); give a writable path to -o") from error
+        remedy = "free some space" if error.errno == errno.ENOSPC else "give a writable path to -o"
+        raise CoterieError(f"{path}: cannot be written ({error.strerror}); {remedy}") from error
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink()

@@ -2,27 +2,30 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Self
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from profiler.errors import CoterieError
-from profiler.families import MoELayer, find_moe_layers, read_spec
-from profiler.profile import DECODE, PREFILL, TokenTrace, ids_dtype
+from profiler.families import MoELayer, Selection, find_moe_layers, read_spec
+from profiler.trace import DECODE, PREFILL, TokenTrace, ids_dtype
 
 
 @dataclass
 class _Pass:
     """One forward pass in flight: its mask, and the selections that its layers have announced so far."""
 
-    mask: torch.Tensor  # bool (B, S)
+    keep: torch.Tensor  # bool (B, S)
     goes_on: bool  # with cached tokens of the same sequences
-    selections: dict[int, torch.Tensor]
+    selections: dict[int, Selection]
 
 
 class Recorder:
@@ -30,6 +33,8 @@ class Recorder:
 
     Hooks observe and return nothing, so outputs are untouched.  Rows of a batch are sequences; a pass that uses
     cached tokens goes on with the sequences of the pass before it, and is decoding where it adds one token a row.
+    Left out: tokens whose attention mask is 0, what `generate` feeds to rows that have ended, and all that runs inside
+    `paused`, such as warm-up passes.
 
     Example::
 
@@ -41,33 +46,44 @@ class Recorder:
     Attributes:
         spec: the model's MoE layers.
         domain_id: label of the tokens that come next.
+        next_sequence: number of the sequence that comes next.
     """
 
-    def __init__(self, model: nn.Module, name: str = "model") -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        name: str = "model",
+        *,
+        weights: bool = False,
+        on_tokens: Callable[[TokenTrace], None] | None = None,
+    ) -> None:
         """Find the model's experts.
 
         Args:
             model: a transformers model with MoE layers.
             name: what to call it in the recorded `MoESpec`.
+            weights: record `topk_weights` too.
+            on_tokens: is given the tokens of each pass, which are then not kept in memory; None keeps them for `trace`.
 
         Raises:
             CoterieError: the model has no MoE layers.
         """
         self.spec = read_spec(model, name)
         self.domain_id = 0
+        self.next_sequence = 0
         self._model = model
         self._layers = find_moe_layers(model)
+        self._weights = weights
         self._handles: list[RemovableHandle] = []
         self._pass: _Pass | None = None
-        self._next_sequence = 0
-        self._parts: list[TokenTrace] = []
+        self._paused = False
+        self._kept: list[TokenTrace] = []
+        self._on_tokens = on_tokens or self._kept.append
 
     def __enter__(self) -> Self:
         self._handles.append(self._model.register_forward_pre_hook(self._before_forward, with_kwargs=True))
         for index, layer in enumerate(self._layers):
-            self._handles.append(
-                layer.experts.register_forward_pre_hook(self._make_hook(index, layer), with_kwargs=True)
-            )
+            self._handles.append(layer.hooked.register_forward_hook(self._make_hook(index, layer), with_kwargs=True))
         self._handles.append(self._model.register_forward_hook(self._after_forward))
         return self
 
@@ -78,66 +94,139 @@ class Recorder:
             handle.remove()
         self._handles.clear()
 
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Record nothing inside: warm-up passes, dummy batches."""
+        before, self._paused = self._paused, True
+        try:
+            yield
+        finally:
+            self._paused = before
+
     def trace(self) -> TokenTrace:
-        """All tokens recorded so far.
+        """All tokens recorded so far, where no `on_tokens` took them.
 
         Raises:
-            CoterieError: none was.
+            CoterieError: there is none.
         """
-        if not self._parts:
+        if not self._kept:
             raise CoterieError("no token was recorded: run the model inside the recorder's `with` block")
-        return TokenTrace.concatenate(self._parts)
+        return TokenTrace.concatenate(self._kept)
 
     def _before_forward(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self._pass = None
+        if self._paused:
+            return
         inputs = kwargs.get("input_ids", args[0] if args else None)
         if inputs is None:
             inputs = kwargs["inputs_embeds"]
         batch, length = inputs.shape[:2]
         mask = kwargs.get("attention_mask")
         if mask is None or mask.ndim != 2:
-            mask = torch.ones(batch, length, dtype=torch.bool)
+            mask = torch.ones(batch, length, dtype=torch.bool, device=inputs.device)
         # While decoding the mask also covers the cached tokens; those of this pass are the last ones.
         cache = kwargs.get("past_key_values")
         goes_on = mask.shape[1] > length or (cache is not None and cache.get_seq_length() > 0)
-        self._pass = _Pass(mask[:, -length:].bool().cpu(), goes_on and self._next_sequence >= batch, {})
+        goes_on = goes_on and self.next_sequence >= batch
+        keep = mask[:, -length:].bool()
+        if goes_on and length == 1 and inputs.ndim == 2:
+            keep = keep & ~self._ended(inputs)
+        self._pass = _Pass(keep, goes_on, {})
+
+    def _ended(self, input_ids: torch.Tensor) -> torch.Tensor:
+        """Rows that `generate` feeds only because others are not done: their token is the end, or fills up after it."""
+        config = getattr(self._model, "generation_config", None)
+        ends: Any = getattr(config, "eos_token_id", None)
+        padding = getattr(config, "pad_token_id", None)
+        ended = [*(ends if isinstance(ends, list) else [ends]), padding]
+        numbers = torch.tensor([token for token in ended if token is not None], device=input_ids.device)
+        return torch.isin(input_ids, numbers.to(input_ids.dtype))
 
     def _make_hook(self, index: int, layer: MoELayer) -> Any:
-        def record_selection(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        def record_selection(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
             if self._pass is not None:
-                self._pass.selections[index] = layer.selection(args, kwargs).detach()
+                self._pass.selections[index] = layer.read(args, kwargs, output)
 
         return record_selection
 
     def _after_forward(self, module: nn.Module, args: Any, output: Any) -> None:
         current, self._pass = self._pass, None
-        assert current is not None
-        batch, length = current.mask.shape
-        for index, layer in enumerate(self._layers):
-            seen = current.selections.get(index)
-            if seen is None or seen.numel() != batch * length * self.spec.top_k:
-                found = "nothing" if seen is None else f"shape {tuple(seen.shape)}"
-                raise CoterieError(
-                    f"{layer.name} announced {found}, expected top-{self.spec.top_k} of {batch * length} tokens: "
-                    "this model's experts are called in a way that coterie does not know"
-                )
-        keep_T = current.mask.flatten().numpy()
-        dtype = ids_dtype(self.spec.num_experts)
-        ids_LTK = np.stack(
-            [
-                current.selections[index].reshape(batch * length, -1).to("cpu", torch.int32).numpy().astype(dtype)
-                for index in range(len(self._layers))
-            ]
-        )[:, keep_T]
-        decoding = current.goes_on and length == 1
-        first = self._next_sequence - batch if current.goes_on else self._next_sequence
-        self._next_sequence = first + batch
-        sequence_ids = np.repeat(np.arange(first, first + batch, dtype=np.int32), length)[keep_T]
+        if current is None:
+            return
+        batch, length = current.keep.shape
+        keep_T = current.keep.flatten()
         num_tokens = int(keep_T.sum())
-        self._parts.append(
-            TokenTrace(
-                topk_ids=ids_LTK,
-                sequence_ids=sequence_ids,
-                domain_ids=np.full(num_tokens, self.domain_id, dtype=np.uint8),
-                phase=np.full(num_tokens, DECODE if decoding else PREFILL, dtype=np.uint8),
+        first = self.next_sequence - batch if current.goes_on else self.next_sequence
+        if num_tokens:
+            ids_LTK, weights_LTK = self._gather(current.selections, keep_T, num_tokens)
+            sequence_ids = np.repeat(np.arange(first, first + batch, dtype=np.int32), length)
+            decoding = current.goes_on and length == 1
+            self._on_tokens(
+                TokenTrace(
+                    topk_ids=ids_LTK,
+                    sequence_ids=sequence_ids[keep_T.cpu().numpy()],
+                    domain_ids=np.full(num_tokens, self.domain_id, dtype=np.uint8),
+                    phase=np.full(num_tokens, DECODE if decoding else PREFILL, dtype=np.uint8),
+                    topk_weights=weights_LTK,
+                )
             )
-        )
+        self.next_sequence = first + batch
+
+    def _gather(
+        self, selections: dict[int, Selection], keep_T: torch.Tensor, num_kept: int
+    ) -> tuple[npt.NDArray[np.unsignedinteger], npt.NDArray[np.float16] | None]:
+        """The kept tokens' picks and, if wanted, weights, (L, T, K), checked and copied to the host once.
+
+        Raises:
+            CoterieError: a layer did not run, announced other than top-k of every token, an expert that it does not
+                have, or weights that are no numbers.
+        """
+        chosen, weights, faults = [], [], []
+        everything = num_kept == len(keep_T)
+        for index, layer in enumerate(self._layers):
+            seen = selections.get(index)
+            if seen is None or seen.ids.numel() != len(keep_T) * self.spec.top_k:
+                found = "nothing" if seen is None else f"shape {tuple(seen.ids.shape)}"
+                raise CoterieError(
+                    f"{layer.name} announced {found}, expected top-{self.spec.top_k} of {len(keep_T)} tokens: this "
+                    "model's experts are called in a way that coterie does not know; see profiler.families"
+                )
+            ids_TK, weights_TK = seen.ids.detach().reshape(len(keep_T), -1), seen.weights
+            if not everything:
+                ids_TK = ids_TK[keep_T.to(ids_TK.device)]
+            if weights_TK is not None:
+                weights_TK = weights_TK.detach().reshape(len(keep_T), -1)
+                if not everything:
+                    weights_TK = weights_TK[keep_T.to(weights_TK.device)]
+                faults.append(~weights_TK.isfinite().all())
+            else:
+                faults.append(torch.zeros((), dtype=torch.bool, device=ids_TK.device))
+            chosen.append(ids_TK)
+            weights.append(weights_TK)
+        device = chosen[-1].device
+        wide_LTK = torch.stack([ids_TK.to(device) for ids_TK in chosen])
+        # One copy to the host: the checks of all layers, then the ids as narrow as they are stored.
+        checks = torch.stack(
+            [wide_LTK.amin((1, 2)), wide_LTK.amax((1, 2)), torch.stack([fault.to(device) for fault in faults]).long()]
+        ).tolist()
+        for layer, low, high, not_finite in zip(self._layers, *checks, strict=True):
+            if not_finite:
+                raise CoterieError(
+                    f"{layer.name}: its router gave weights that are no finite numbers (NaN or infinite), so its "
+                    "selection means nothing; check the model's weights and dtype"
+                )
+            if low < -1 or high >= self.spec.num_experts:
+                raise CoterieError(
+                    f"{layer.name}: announced expert {high if high >= self.spec.num_experts else low}, "
+                    f"must be below {self.spec.num_experts}"
+                )
+        dtype = ids_dtype(self.spec.num_experts)
+        narrow = torch.uint8 if dtype is np.uint8 else torch.int16  # -1 becomes all ones in both
+        ids_LTK = wide_LTK.to(narrow).cpu().numpy().view(dtype)
+        if not self._weights:
+            return ids_LTK, None
+        missing = [layer.name for layer, layer_weights in zip(self._layers, weights, strict=True) if layer_weights is None]
+        if missing:
+            raise CoterieError(f"{missing[0]} does not announce its weights; record without them")
+        stacked = torch.stack([part.to(device) for part in weights if part is not None])
+        return ids_LTK, stacked.to(torch.float16).cpu().numpy()

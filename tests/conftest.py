@@ -9,7 +9,8 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from profiler.profile import Profile, TokenTrace, ids_dtype
+from profiler.profile import Profile
+from profiler.trace import TokenTrace, ids_dtype
 from profiler.spec import MoESpec
 
 settings.register_profile("ci", deadline=None, max_examples=40, suppress_health_check=[HealthCheck.too_slow])

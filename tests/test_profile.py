@@ -1,14 +1,14 @@
 """Profiles survive the disk, merge exactly, and refuse what was tampered with."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
-from conftest import make_spec, make_trace, random_ids, traces
-from hypothesis import given
+from conftest import make_spec, make_trace, random_ids
 
-from profiler import CoterieError, Profile, merge
-from profiler.profile import TokenTrace, _header_digest
+from profiler import CoterieError, Profile
+from profiler.folder import header_digest
 
 
 def same(first: Profile, second: Profile) -> bool:
@@ -24,7 +24,7 @@ def test_round_trip(profile, tmp_path):
 
 
 def test_round_trip_in_several_shards(profile, tmp_path, monkeypatch):
-    monkeypatch.setattr("profiler.profile.TOKENS_PER_SHARD", 250)
+    monkeypatch.setattr("profiler.folder.TOKENS_PER_SHARD", 250)
     profile.save(tmp_path / "run.profile")
     assert len(list((tmp_path / "run.profile").glob("tokens-*"))) == 3
     assert same(profile, Profile.load_from(tmp_path / "run.profile"))
@@ -45,13 +45,6 @@ def test_saving_again_never_deletes_other_files(profile, tmp_path):
     assert (tmp_path / "run.profile" / "plan.json").read_text() == "mine"
 
 
-def test_merging_too_many_domains_is_refused():
-    trace = make_trace(random_ids(0, 1, 40, 8, 2))
-    parts = [Profile.from_tokens(make_spec(1, 8, 2), [f"{run}-{i}" for i in range(200)], trace, {}) for run in (1, 2)]
-    with pytest.raises(CoterieError, match="400 domains together"):
-        merge(parts)
-
-
 def test_saving_never_replaces_something_else(profile, tmp_path):
     (tmp_path / "notes.txt").write_text("keep me")
     with pytest.raises(CoterieError, match="not a profile"):
@@ -59,46 +52,10 @@ def test_saving_never_replaces_something_else(profile, tmp_path):
     assert (tmp_path / "notes.txt").read_text() == "keep me"
 
 
-@given(traces(), traces())
-def test_merging_equals_profiling_the_concatenation(first, second):
-    (spec, trace), (other_spec, other_trace) = first, second
-    domains = ["a", "b"]
-    if not spec.routes_like(other_spec):
-        parts = [Profile.from_tokens(s, domains, t, {}) for s, t in (first, second)]
-        with pytest.raises(CoterieError, match="different models"):
-            merge(parts)
-        return
-    _check_merge(spec, trace, other_trace)
-
-
-def test_merging_two_runs_of_one_model():
-    traces_of_runs = [make_trace(random_ids(seed, 2, 90, 8, 3)) for seed in (1, 2)]
-    _check_merge(make_spec(2, 8, 3), *traces_of_runs)
-
-
-def _check_merge(spec, trace, other_trace):
-    merged = merge([Profile.from_tokens(spec, ["a", "b"], part, {}) for part in (trace, other_trace)])
-    renumbered = TokenTrace(
-        other_trace.topk_ids,
-        other_trace.sequence_ids + trace.sequence_ids.max() + 1,
-        other_trace.domain_ids,
-        other_trace.phase,
-    )
-    whole = Profile.from_tokens(spec, ["a", "b"], TokenTrace.concatenate([trace, renumbered]), {})
-    assert merged.digest == whole.digest
-
-
-def test_merging_unites_domains_by_name():
-    spec, trace = make_spec(1, 8, 2), make_trace(random_ids(0, 1, 40, 8, 2))
-    merged = merge([Profile.from_tokens(spec, ["a", "b"], trace, {}), Profile.from_tokens(spec, ["b", "c"], trace, {})])
-    assert merged.domains == ("a", "b", "c")
-    assert merged.load[1].sum() == merged.load[0].sum() + merged.load[2].sum()
-
-
 def test_split_is_by_sequence_and_complete(profile):
     even, odd = profile.split_by_sequence()
     assert not set(even.tokens.sequence_ids) & set(odd.tokens.sequence_ids)
-    assert (even.load + odd.load == profile.load).all()
+    assert (even.counts.load + odd.counts.load == profile.counts.load).all()
 
 
 def test_split_needs_two_sequences():
@@ -142,7 +99,7 @@ def test_edited_headers_are_refused(profile, tmp_path, change):
     profile.save(folder)
     header = json.loads((folder / "profile.json").read_text())
     header |= change
-    header["header_digest"] = _header_digest(header)  # a careful forger
+    header["header_digest"] = header_digest(header)  # a careful forger
     (folder / "profile.json").write_text(json.dumps(header))
     with pytest.raises(CoterieError):
         Profile.load_from(folder)
@@ -159,3 +116,45 @@ def test_empty_trace_is_refused():
     empty = make_trace(random_ids(0, 1, 10, 8, 2)).where(np.zeros(10, dtype=bool))
     with pytest.raises(CoterieError, match="no token"):
         Profile.from_tokens(make_spec(1, 8, 2), ["a", "b"], empty, {})
+
+
+def test_an_expert_picked_twice_is_refused_and_the_layer_named():
+    ids = random_ids(0, 2, 10, 8, 2)
+    ids[1, 3] = 5
+    with pytest.raises(CoterieError, match=r"layer 1: token 3 picked \[5, 5\]"):
+        Profile.from_tokens(make_spec(2, 8, 2), ["a", "b"], make_trace(ids), {})
+
+
+def test_picks_of_no_expert_survive_the_disk(profile, tmp_path):
+    ids = random_ids(0, 1, 40, 8, 3)
+    ids[0, ::4, 1:] = 255
+    first = Profile.from_tokens(make_spec(1, 8, 3), ["a", "b"], make_trace(ids), {})
+    first.save(tmp_path / "run.profile")
+    again = Profile.load_from(tmp_path / "run.profile")
+    assert same(first, again)
+    assert again.num_tokens == 40
+
+
+def test_weights_survive_the_disk(profile, tmp_path):
+    weights = np.random.default_rng(0).random((2, 600, 4)).astype(np.float16)
+    trace = replace(profile.tokens, topk_weights=weights)
+    Profile.from_tokens(profile.model, profile.domains, trace, {}).save(tmp_path / "run.profile")
+    assert (Profile.load_from(tmp_path / "run.profile").tokens.topk_weights == weights).all()
+
+
+def test_split_by_domain_keeps_counts(profile):
+    parts = profile.split_by_domain()
+    assert list(parts) == ["prose", "code"]
+    for number, part in enumerate(parts.values()):
+        recounted = Profile.from_tokens(part.model, part.domains, part.tokens, {})
+        for name, array in recounted.counts.arrays().items():
+            assert (array == part.counts.arrays()[name]).all()
+            assert (array[0] == profile.counts.arrays()[name][number]).all()
+
+
+def test_split_by_phase(profile):
+    phase = (np.arange(600) % 3 == 0).astype(np.uint8)
+    mixed = Profile.from_tokens(profile.model, profile.domains, replace(profile.tokens, phase=phase), {})
+    parts = mixed.split_by_phase()
+    assert {name: part.num_tokens for name, part in parts.items()} == {"prefill": 400, "decode": 200}
+    assert list(profile.split_by_phase()) == ["prefill"]

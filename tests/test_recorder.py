@@ -8,7 +8,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 from profiler import CoterieError, Recorder
 from profiler.families import find_moe_layers, read_spec
-from profiler.profile import DECODE, PREFILL
+from profiler.trace import DECODE, PREFILL
 
 
 def true_selections(model, **inputs):

@@ -20,7 +20,7 @@ DOTS_PER_INCH = 110
 def heatmaps(profile: Profile, placement: PlacementMap, layer: int) -> str:
     """Co-activation of one layer in file order and in plan order, side by side."""
     figure = Figure(figsize=(9.6, 4.6), layout="constrained")
-    coactivation, load = profile.coactivation[:, layer].sum(axis=0), profile.load[:, layer].sum(axis=0)
+    coactivation, load = profile.counts.coactivation[:, layer].sum(axis=0), profile.counts.load[:, layer].sum(axis=0)
     in_file_order = np.arange(profile.model.num_experts)
     for axes, order, title in (
         (figure.add_subplot(1, 2, 1), in_file_order, "linear: file order"),
@@ -34,7 +34,7 @@ def heatmaps(profile: Profile, placement: PlacementMap, layer: int) -> str:
 def graph(profile: Profile, placement: PlacementMap, layer: int) -> str:
     """The collaboration graph of one layer coloured by the plan's ranks."""
     figure = Figure(figsize=(6.4, 4.8), layout="constrained")
-    coactivation, load = profile.coactivation[:, layer].sum(axis=0), profile.load[:, layer].sum(axis=0)
+    coactivation, load = profile.counts.coactivation[:, layer].sum(axis=0), profile.counts.load[:, layer].sum(axis=0)
     plots.collaboration(
         figure.add_subplot(),
         collaboration_graph(coactivation, load),

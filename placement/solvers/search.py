@@ -70,8 +70,9 @@ def search(problem: LayerProblem, rng: np.random.Generator) -> RankOfExpert:
 
 def _members(problem: LayerProblem) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
     """Rows of the sets that hold each expert, one expert after another, and where each expert's rows start."""
-    order = np.argsort(problem.sets.ravel(), kind="stable")
-    held = np.bincount(problem.sets.ravel(), minlength=problem.num_experts)
+    experts = problem.sets.ravel()
+    order = np.argsort(experts, kind="stable")[(experts < 0).sum() :]
+    held = np.bincount(experts[experts >= 0], minlength=problem.num_experts)
     return order // problem.sets.shape[1], np.concatenate([[0], np.cumsum(held)])
 
 
@@ -143,6 +144,7 @@ def _tally(
     tallies: _Tallies,
 ) -> None:
     """Add one token set, `weight` times, to the tallies; `served` is all zeros before and after."""
+    experts = experts[experts >= 0]
     for expert in experts:
         served[rank_of[expert]] += 1
     for expert in experts:

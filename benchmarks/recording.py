@@ -1,0 +1,80 @@
+"""What recording adds to a forward pass: the same pass with and without it, in turns."""
+
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+from transformers import AutoModelForCausalLM, OlmoeConfig
+
+from benchmarks.record import spread, write
+from profiler.loading import load_model
+from profiler.recorder import Recorder
+from profiler.trace import TokenTrace
+from profiler.writer import ProfileWriter
+
+REPEATS = 41
+OLMOE_SHAPED = OlmoeConfig(
+    hidden_size=1024,
+    intermediate_size=1024,
+    num_experts=64,
+    num_experts_per_tok=8,
+    num_hidden_layers=4,
+    num_attention_heads=16,
+    num_key_value_heads=16,
+    vocab_size=1024,
+)
+
+
+def main() -> None:
+    torch.manual_seed(0)
+    models = {
+        "embedded (4 layers, 64 experts, top-8, hidden 192)": (load_model(None, "cpu").model, (16, 256)),
+        "OLMoE-shaped (4 layers, 64 experts, top-8, hidden 1024)": (
+            AutoModelForCausalLM.from_config(OLMOE_SHAPED).eval(),
+            (4, 256),
+        ),
+    }
+    rows = []
+    for name, (model, shape) in models.items():
+        without, recorded = measure(model, torch.randint(0, 1024, shape))
+        added = (recorded / without - 1) * 100
+        rows.append([name, f"{shape[0]} x {shape[1]}", spread(without * 1e3), spread(recorded * 1e3), spread(added)])
+    write(
+        "recording",
+        "What recording adds to a forward pass",
+        f"Median (least to most) of {REPEATS} pairs of passes in turns, float32 on the CPU. Recording includes counting "
+        "loads, co-activation and transitions, and writing token sets to disk.",
+        ("model", "batch", "ms without", "ms with recording", "added, % (of each pair)"),
+        rows,
+    )
+
+
+@torch.no_grad()
+def measure(model: torch.nn.Module, input_ids: torch.Tensor) -> tuple[np.ndarray, np.ndarray]:
+    """Seconds of passes without and with recording; the two of a pair in alternating order."""
+    of_pass: list[TokenTrace] = []
+    recorder = Recorder(model, on_tokens=of_pass.append)
+    times: dict[bool, list[float]] = {False: [], True: []}
+    with tempfile.TemporaryDirectory() as folder:
+        writer = ProfileWriter(Path(folder) / "run.profile", recorder.spec, ["text"])
+
+        def run(recording: bool) -> None:
+            started = time.perf_counter()
+            if recording:
+                with recorder:
+                    model(input_ids=input_ids, use_cache=False)
+                writer.add(of_pass.pop())
+            else:
+                model(input_ids=input_ids, use_cache=False)
+            times[recording].append(time.perf_counter() - started)
+
+        for pair in range(REPEATS + 3):
+            for recording in (False, True) if pair % 2 else (True, False):
+                run(recording)
+    return np.array(times[False][3:]), np.array(times[True][3:])
+
+
+if __name__ == "__main__":
+    main()

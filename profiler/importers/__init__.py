@@ -1,0 +1,1 @@
+"""Routing that was recorded elsewhere, one source a file."""

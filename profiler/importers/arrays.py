@@ -1,0 +1,164 @@
+"""Routing kept as numpy arrays: `.npz`, or `.npy` with `topk_ids` alone."""
+
+from __future__ import annotations
+
+import zipfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from profiler.errors import CoterieError
+from profiler.profile import Profile
+from profiler.spec import MAX_EXPERTS, MoESpec
+from profiler.trace import DECODE, MAX_DOMAINS, PREFILL, RowSketch, TokenTrace, ids_dtype
+
+KEYS = (
+    "topk_ids",
+    "topk_weights",
+    "sequence_ids",
+    "domain_ids",
+    "domain_names",
+    "phase",
+    "num_experts",
+    "layer_ids",
+)
+"""What a file may hold; only the first is needed. Others are passed over."""
+
+
+def read_arrays(
+    path: Path,
+    *,
+    name: str | None = None,
+    model_type: str = "unknown",
+    num_experts: int | None = None,
+    hidden_size: int = 0,
+    expert_size: int = 0,
+    dtype: str = "bfloat16",
+    decode: bool = False,
+) -> Profile:
+    """Read routing as a profile.
+
+    The file holds `topk_ids`, whole numbers (T, L, K), negative where a pick went to no expert; it may hold
+    `topk_weights` (T, L, K), `sequence_ids` (T,), `domain_ids` (T,), `domain_names` (D,), `phase` (T,) 0 prefill and 1
+    decode, `num_experts`, and `layer_ids` (L,), the global numbers of the MoE layers.
+
+    Args:
+        name: of the model; the file's name if None.
+        num_experts: E, where the file does not say; the highest id and 1 if None.
+        hidden_size: values in one token's hidden state, expert_size: width of one expert; 0 where not known, and then
+            nothing can be said about bytes and times.
+        dtype: of the model's weights.
+        decode: the phase of all tokens, where the file does not say.
+
+    Raises:
+        CoterieError: the file cannot be read, or an array does not fit the others; the message names file and layer.
+    """
+    arrays = _load(path)
+    try:
+        return _to_profile(
+            arrays, name or path.stem, model_type, num_experts, hidden_size, expert_size, dtype, decode, path.name
+        )
+    except CoterieError as error:
+        raise CoterieError(f"{path}: {error}") from error
+
+
+def _load(path: Path) -> dict[str, npt.NDArray[Any]]:
+    try:
+        loaded = np.load(path, allow_pickle=False)
+        if isinstance(loaded, np.ndarray):
+            return {"topk_ids": loaded}
+        with loaded:
+            return {key: loaded[key] for key in loaded.files if key in KEYS}
+    except FileNotFoundError:
+        raise CoterieError(f"{path}: no such file; give a .npz or .npy file") from None
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
+        raise CoterieError(f"{path}: not readable as .npz or .npy, or truncated ({error})") from error
+
+
+def _to_profile(
+    arrays: Mapping[str, npt.NDArray[Any]],
+    name: str,
+    model_type: str,
+    num_experts: int | None,
+    hidden_size: int,
+    expert_size: int,
+    dtype: str,
+    decode: bool,
+    source: str,
+) -> Profile:
+    if "topk_ids" not in arrays:
+        raise CoterieError(f"holds {', '.join(arrays) or 'no array that is known'}, but no topk_ids; add it")
+    ids_TLK = arrays["topk_ids"]
+    if ids_TLK.ndim != 3 or not np.issubdtype(ids_TLK.dtype, np.integer) or 0 in ids_TLK.shape:
+        raise CoterieError(f"topk_ids is {ids_TLK.dtype} {ids_TLK.shape}: must be whole numbers (tokens, layers, top-k)")
+    num_tokens, num_layers, top_k = ids_TLK.shape
+    highest = int(ids_TLK.max())
+    if "num_experts" in arrays:
+        num_experts = int(arrays["num_experts"])
+    num_experts = highest + 1 if num_experts is None else num_experts
+    if not 1 <= num_experts <= MAX_EXPERTS:
+        raise CoterieError(f"num_experts {num_experts}: must be between 1 and {MAX_EXPERTS}")
+    spec = MoESpec(
+        name=name,
+        model_type=model_type,
+        layer_ids=tuple(int(layer) for layer in arrays.get("layer_ids", np.arange(num_layers))),
+        num_experts=num_experts,
+        top_k=top_k,
+        num_groups=1,
+        hidden_size=hidden_size,
+        expert_size=expert_size,
+        dtype=dtype,
+    )
+    if spec.num_layers != num_layers:
+        raise CoterieError(f"layer_ids has {spec.num_layers} layers, topk_ids {num_layers}; they must agree")
+    narrow = ids_dtype(num_experts)
+    no_expert = np.iinfo(narrow).max
+    ids_LTK = np.empty((num_layers, num_tokens, top_k), dtype=narrow)
+    for layer, layer_id in enumerate(spec.layer_ids):
+        ids_TK = ids_TLK[:, layer]
+        # All ones in the file's own type mean no expert, as in a profile.
+        none = (ids_TK < 0) | ((ids_TK == np.iinfo(ids_TK.dtype).max) & (np.iinfo(ids_TK.dtype).max >= num_experts))
+        if (ids_TK[~none] >= num_experts).any():
+            worst = int(ids_TK[~none].max())
+            raise CoterieError(f"topk_ids of layer {layer_id}: expert {worst}, must be below {num_experts}")
+        ids_LTK[layer] = np.where(none, no_expert, ids_TK)
+    domains = [str(domain) for domain in arrays.get("domain_names", [])]
+    domain_ids = _column(arrays, "domain_ids", num_tokens, 0, MAX_DOMAINS - 1).astype(np.uint8)
+    domains += [f"domain {number}" for number in range(len(domains), int(domain_ids.max()) + 1)]
+    weights = arrays.get("topk_weights")
+    if weights is not None and weights.shape != ids_TLK.shape:
+        raise CoterieError(f"topk_weights {weights.shape}: must have the shape of topk_ids, {ids_TLK.shape}")
+    if weights is not None and not np.isfinite(weights).all():
+        layer = int(np.nonzero(~np.isfinite(weights).all(axis=(0, 2)))[0][0])
+        raise CoterieError(f"topk_weights of layer {spec.layer_ids[layer]}: not finite; the router's output is broken")
+    trace = TokenTrace(
+        topk_ids=ids_LTK,
+        sequence_ids=_column(arrays, "sequence_ids", num_tokens, 0, np.iinfo(np.int32).max).astype(np.int32),
+        domain_ids=domain_ids,
+        phase=_column(arrays, "phase", num_tokens, DECODE if decode else PREFILL, DECODE).astype(np.uint8),
+        topk_weights=None
+        if weights is None
+        else np.ascontiguousarray(weights.transpose(1, 0, 2)).astype(np.float16),
+    )
+    trace.require(spec, len(domains))
+    dummy = RowSketch.empty().add(trace.row_hashes()).dummy_tokens(spec, num_tokens)
+    provenance = {"imported_from": source, "format": "numpy", **({"dummy_tokens": dummy} if dummy else {})}
+    return Profile.from_tokens(spec, domains, trace, provenance)
+
+
+def _column(
+    arrays: Mapping[str, npt.NDArray[Any]], name: str, num_tokens: int, default: int, highest: int
+) -> npt.NDArray[Any]:
+    """One number a token, `default` where the file has none."""
+    column = arrays.get(name)
+    if column is None:
+        return np.full(num_tokens, default)
+    if column.shape != (num_tokens,) or not np.issubdtype(column.dtype, np.integer):
+        raise CoterieError(f"{name} is {column.dtype} {column.shape}: must be whole numbers ({num_tokens},)")
+    if column.min() < 0 or column.max() > highest:
+        worst = int(column.min()) if column.min() < 0 else int(column.max())
+        raise CoterieError(f"{name}: {worst}, must be between 0 and {highest}")
+    return column

@@ -1,0 +1,137 @@
+"""A model and its texts in, a profile folder out: the run that `coterie profile` makes."""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import importlib.metadata
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from profiler.calibration import Batch, Document
+from profiler.errors import CoterieError
+from profiler.folder import StoredProfile
+from profiler.loading import LoadedModel
+from profiler.recorder import Recorder
+from profiler.trace import TokenTrace
+from profiler.writer import ProfileWriter
+
+
+@torch.no_grad()
+def profile_model(
+    loaded: LoadedModel,
+    documents: Sequence[Document],
+    out: Path,
+    *,
+    sequence_length: int = 256,
+    batch_size: int = 16,
+    max_tokens: int | None = None,
+    decode_tokens: int = 0,
+    as_chat: bool = False,
+    max_traced_tokens: int | None = None,
+    weights: bool = False,
+    seed: int = 0,
+    resume: bool = False,
+    on_progress: Callable[[int, int], None] = lambda _done, _total: None,
+) -> StoredProfile:
+    """Run a model over texts and record which experts each token picks.
+
+    Memory does not grow with the texts.  A run that is killed is gone on with by `resume` and ends with the same counts.
+
+    Args:
+        out: the profile folder.
+        max_tokens: stop after so many tokens of text.
+        decode_tokens: after each sequence let the model go on, sampling from its own distribution, and record so many
+            tokens of decoding.
+        as_chat: put plain text through the tokenizer's chat template.
+        max_traced_tokens: keep the sets of so many tokens, a uniform sample; None for all.
+        weights: record `topk_weights` too.
+        seed: of the sample and of decoding.
+        on_progress: called with tokens done and tokens of text in all, after every batch.
+
+    Raises:
+        CoterieError: the model has no MoE layers or its router gives no numbers, a size is below 1, or the folder
+            cannot be written.
+    """
+    if decode_tokens < 0:
+        raise CoterieError(f"decode tokens {decode_tokens}: must be at least 0")
+    batches = loaded.batches(
+        documents, sequence_length, batch_size, max_tokens, as_chat=as_chat, pad_left=decode_tokens > 0
+    )
+    domains = list(dict.fromkeys(document.domain for document in documents))
+    of_batch: list[TokenTrace] = []
+    recorder = Recorder(loaded.model, loaded.name, weights=weights, on_tokens=of_batch.append)
+    settings = {
+        "sequence_length": sequence_length,
+        "batch_size": batch_size,
+        "max_tokens": max_tokens,
+        "decode_tokens": decode_tokens,
+        "weights": weights,
+    }
+    writer = ProfileWriter(
+        out,
+        recorder.spec,
+        domains,
+        max_traced_tokens=max_traced_tokens,
+        seed=seed,
+        run={**settings, "text": batches.digest},
+        resume=resume,
+    )
+    position = writer.position or {"batches": 0, "tokens": 0, "next_sequence": 0}
+    recorder.next_sequence = position["next_sequence"]
+    on_progress(position["tokens"], batches.num_tokens)
+    counting = False
+    try:
+        with recorder:
+            first = position["batches"]
+            for number, batch in enumerate(batches.start_at(first), first):
+                recorder.domain_id = domains.index(batch.domain)
+                _run(loaded, batch, decode_tokens, seed * 1_000_003 + number)
+                counting = True
+                if of_batch:
+                    writer.add(TokenTrace.concatenate(of_batch))
+                    of_batch.clear()
+                position = {
+                    "batches": number + 1,
+                    "tokens": position["tokens"] + batch.num_tokens,
+                    "next_sequence": recorder.next_sequence,
+                }
+                counting = False
+                writer.checkpoint_if_due(position)
+                on_progress(position["tokens"], batches.num_tokens)
+    except BaseException:
+        if not counting:  # what was counted ends with a whole batch
+            with contextlib.suppress(CoterieError):
+                writer.checkpoint(position)
+        raise
+    try:
+        return writer.finish({**_provenance(loaded), **settings, "seed": seed})
+    except CoterieError:
+        with contextlib.suppress(CoterieError):
+            writer.checkpoint(position)
+        raise
+
+
+def _run(loaded: LoadedModel, batch: Batch, decode_tokens: int, seed: int) -> None:
+    inputs = {
+        "input_ids": batch.input_ids.to(loaded.input_device),
+        "attention_mask": batch.attention_mask.to(loaded.input_device),
+    }
+    if not decode_tokens:
+        loaded.model(**inputs, use_cache=False)
+        return
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        # The last token that is made is not run.
+        loaded.model.generate(**inputs, max_new_tokens=decode_tokens + 1, do_sample=True, top_k=0, top_p=1.0)
+
+
+def _provenance(loaded: LoadedModel) -> dict[str, Any]:
+    return {
+        "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "model_revision": getattr(loaded.model.config, "_commit_hash", None),
+        "versions": {package: importlib.metadata.version(package) for package in ("torch", "transformers")},
+    }

@@ -1,0 +1,207 @@
+"""A profile written bit by bit is the one written at once, whatever kills the run on the way."""
+
+import errno
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import make_spec, make_trace, random_ids
+from hypothesis import given
+from hypothesis import strategies as st
+
+import profiler.files
+from profiler import CoterieError, Profile, ProfileWriter
+from profiler.folder import open_profile
+from profiler.trace import RowSketch
+from profiler.writer import Reservoir, unfinished_folder
+
+SPEC = make_spec(2, 16, 4)
+TRACE = make_trace(random_ids(0, 2, 1000, 16, 4), num_sequences=20)
+DOMAINS = ["prose", "code"]
+
+
+@pytest.fixture(autouse=True)
+def small_shards(monkeypatch):
+    for module in ("folder", "writer"):
+        monkeypatch.setattr(f"profiler.{module}.TOKENS_PER_SHARD", 150)
+
+
+def feed(writer, steps=range(10_000), checkpoint_every=1):
+    """Add the trace in passes of 37 tokens, from where the writer stands."""
+    for step in steps:
+        part = TRACE.where(slice(37 * step, 37 * step + 37))
+        if part.num_tokens == 0:
+            break
+        if step < writer.position.get("step", 0):
+            continue
+        writer.add(part)
+        if step % checkpoint_every == 0:
+            writer.checkpoint({"step": step + 1})
+
+
+def contents(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir() if path.suffix == ".safetensors"}
+
+
+def test_writing_in_passes_is_saving_at_once(tmp_path):
+    writer = ProfileWriter(tmp_path / "passes", SPEC, DOMAINS)
+    feed(writer)
+    stored = writer.finish({"made": "up"})
+    Profile.from_tokens(SPEC, DOMAINS, TRACE, {"made": "up"}).save(tmp_path / "at-once")
+    assert contents(tmp_path / "passes") == contents(tmp_path / "at-once")
+    assert stored.digest == open_profile(tmp_path / "at-once").digest
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["at-once", "passes"]
+
+
+@given(st.integers(0, 27), st.integers(1, 5), st.sampled_from([None, 0, 100, 5000]))
+def test_killed_anywhere_and_resumed_ends_with_the_same_bytes(tmp_path_factory, killed_at, checkpoint_every, max_traced_tokens):
+    folder = tmp_path_factory.mktemp("killed")
+    options = {"max_traced_tokens": max_traced_tokens, "seed": 3}
+    whole = ProfileWriter(folder / "whole", SPEC, DOMAINS, **options)
+    feed(whole)
+    whole.finish({})
+    killed = ProfileWriter(folder / "killed", SPEC, DOMAINS, **options)
+    feed(killed, range(killed_at), checkpoint_every)
+    resumed = ProfileWriter(folder / "killed", SPEC, DOMAINS, resume=True, **options)
+    feed(resumed, checkpoint_every=checkpoint_every)
+    resumed.finish({})
+    assert contents(folder / "killed") == contents(folder / "whole")
+
+
+def test_an_unfinished_run_is_not_overwritten(tmp_path):
+    feed(ProfileWriter(tmp_path / "run", SPEC, DOMAINS), range(5))
+    with pytest.raises(CoterieError, match="unfinished recording is there; go on with --resume"):
+        ProfileWriter(tmp_path / "run", SPEC, DOMAINS)
+    with pytest.raises(CoterieError, match="unfinished recording; finish it"):
+        open_profile(unfinished_folder(tmp_path / "run"))
+
+
+def test_only_the_same_run_may_go_on(tmp_path):
+    feed(ProfileWriter(tmp_path / "run", SPEC, DOMAINS, run={"sequence_length": 256}), range(5))
+    with pytest.raises(CoterieError, match="sequence_length was 256, now it is 512"):
+        ProfileWriter(tmp_path / "run", SPEC, DOMAINS, run={"sequence_length": 512}, resume=True)
+    with pytest.raises(CoterieError, match="domains was"):
+        ProfileWriter(tmp_path / "run", SPEC, ["prose", "verse"], run={"sequence_length": 256}, resume=True)
+
+
+@pytest.mark.parametrize("name", ["checkpoint", "tokens-00001.safetensors"])
+@pytest.mark.parametrize("harm", ["truncated", "flipped"])
+def test_harmed_unfinished_runs_are_refused(tmp_path, name, harm):
+    feed(ProfileWriter(tmp_path / "run", SPEC, DOMAINS), range(20))
+    path = unfinished_folder(tmp_path / "run") / name
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data if harm == "flipped" else data[:100])
+    with pytest.raises(CoterieError, match=f"{name}: truncated or edited"):
+        ProfileWriter(tmp_path / "run", SPEC, DOMAINS, resume=True)
+
+
+def test_a_refused_pass_is_not_counted(tmp_path):
+    writer = ProfileWriter(tmp_path / "run", SPEC, DOMAINS)
+    writer.add(TRACE)
+    bad = TRACE.where(np.arange(10))
+    bad.topk_ids[1, 4] = 99
+    with pytest.raises(CoterieError, match="layer 1: expert 99, must be below 16"):
+        writer.add(bad)
+    assert writer.finish({}).num_tokens == 1000
+
+
+def test_a_full_disk_is_one_line_and_keeps_what_was_complete(tmp_path, monkeypatch):
+    writer = ProfileWriter(tmp_path / "run", SPEC, DOMAINS)
+    feed(writer, range(10))
+
+    def full(_descriptor):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(profiler.files.os, "fsync", full)
+        with pytest.raises(CoterieError, match=r"tokens-0000\d.safetensors: cannot be written \(No space left.*free some"):
+            feed(writer, checkpoint_every=10_000)
+    resumed = ProfileWriter(tmp_path / "run", SPEC, DOMAINS, resume=True)
+    assert resumed.position == {"step": 10}
+    feed(resumed)
+    assert resumed.finish({}).num_tokens == 1000
+
+
+def test_a_full_disk_at_the_end_keeps_the_run(tmp_path, monkeypatch):
+    writer = ProfileWriter(tmp_path / "run", SPEC, DOMAINS, max_traced_tokens=100)
+    feed(writer)
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "replace", lambda *_: (_ for _ in ()).throw(OSError(errno.ENOSPC, "No space left on device")))
+        with pytest.raises(CoterieError, match="No space left"):
+            writer.finish({})
+    assert writer.finish({}).num_traced_tokens == 100
+
+
+def test_a_sample_is_uniform_and_does_not_depend_on_the_cut():
+    samples = []
+    for step in (1, 64, 1000):
+        reservoir = Reservoir(200, seed=1)
+        for start in range(0, 1000, step):
+            reservoir.add(TRACE.where(slice(start, start + step)))
+        samples.append(reservoir.trace())
+    for sample in samples:
+        assert (sample.topk_ids == samples[0].topk_ids).all()
+        assert (np.diff(sample.sequence_ids) >= 0).all()
+    assert samples[0].num_tokens == 200
+    hits = np.zeros(20)
+    for seed in range(200):
+        reservoir = Reservoir(100, seed)
+        reservoir.add(TRACE)
+        hits += np.bincount(reservoir.trace().sequence_ids, minlength=20)
+    assert abs(hits / 200 - 5).max() < 0.75  # 5 of each sequence's 50; the mean of 200 has a spread of 0.14
+
+
+def test_common_rows_are_found_in_any_order():
+    rng = np.random.default_rng(0)
+    hashes = rng.permutation(np.concatenate([rng.integers(0, 2**63, 50_000), np.full(900, 7), np.full(2_000, 8)]))
+    sketch = RowSketch.empty()
+    for start in range(0, len(hashes), 512):
+        sketch = sketch.add(hashes[start : start + 512].astype(np.uint64))
+    counted = dict(zip(sketch.hashes.tolist(), sketch.counts.tolist(), strict=True))
+    assert 900 - len(hashes) / 1024 <= counted[7] <= 900
+    assert 2000 - len(hashes) / 1024 <= counted[8] <= 2000
+
+
+def test_dummy_rows_are_reported(tmp_path):
+    spec = make_spec(12, 64, 8)
+    ids = random_ids(1, 12, 500, 64, 8)
+    ids[:, 100:130] = ids[:, 100:101]
+    for name, picks, expected in (("clean", random_ids(1, 12, 500, 64, 8), None), ("dummies", ids, 30)):
+        writer = ProfileWriter(tmp_path / name, spec, DOMAINS)
+        writer.add(make_trace(picks))
+        assert writer.finish({}).provenance.get("dummy_tokens") == expected
+
+
+KILLED_RUN = """
+import sys
+from pathlib import Path
+sys.path.insert(0, "tests")
+import profiler.writer
+from profiler import zoo
+from profiler.calibration import read_documents
+from profiler.loading import load_model
+from profiler.profiling import profile_model
+profiler.writer.CHECKPOINT_SECONDS, profiler.writer.CHECKPOINT_SHARE = 0.0, 1e9
+profile_model(load_model(None), read_documents([zoo.HELD_OUT]), Path(sys.argv[1]), max_tokens=6_000, sequence_length=64,
+              batch_size=2, resume=sys.argv[2] == "resume")
+"""
+
+
+def test_a_killed_process_resumes(tmp_path):
+    arguments = [sys.executable, "-c", KILLED_RUN]
+    subprocess.run([*arguments, str(tmp_path / "whole"), "begin"], check=True)
+    running = subprocess.Popen([*arguments, str(tmp_path / "killed"), "begin"])
+    checkpoint = unfinished_folder(tmp_path / "killed") / "checkpoint"
+    while running.poll() is None and not checkpoint.exists():
+        time.sleep(0.01)
+    time.sleep(0.1)
+    running.send_signal(signal.SIGKILL)
+    assert running.wait() == -signal.SIGKILL, "the run ended before it could be killed"
+    subprocess.run([*arguments, str(tmp_path / "killed"), "resume"], check=True)
+    assert contents(tmp_path / "killed") == contents(tmp_path / "whole")
