@@ -65,9 +65,7 @@ class Recorder:
     def __enter__(self) -> Self:
         self._handles.append(self._model.register_forward_pre_hook(self._before_forward, with_kwargs=True))
         for index, layer in enumerate(self._layers):
-            self._handles.append(
-                layer.experts.register_forward_pre_hook(self._make_hook(index, layer), with_kwargs=True)
-            )
+            self._handles.append(layer.hooked.register_forward_hook(self._make_hook(index, layer), with_kwargs=True))
         self._handles.append(self._model.register_forward_hook(self._after_forward))
         return self
 
@@ -102,9 +100,9 @@ class Recorder:
         self._pass = _Pass(mask[:, -length:].bool().cpu(), goes_on and self._next_sequence >= batch, {})
 
     def _make_hook(self, index: int, layer: MoELayer) -> Any:
-        def record_selection(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        def record_selection(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
             if self._pass is not None:
-                self._pass.selections[index] = layer.selection(args, kwargs).detach()
+                self._pass.selections[index] = layer.read(args, kwargs, output).ids.detach()
 
         return record_selection
 
