@@ -4,65 +4,21 @@ import os
 
 import numpy as np
 import pytest
-import torch
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
-from transformers import AutoConfig, AutoModelForCausalLM
+from tiny_models import tiny_model
 
 from profiler.profile import Profile
 from profiler.trace import TokenTrace, ids_dtype
 from profiler.spec import MoESpec
 
+__all__ = ["FAMILIES", "make_spec", "make_trace", "profile", "random_ids", "tiny_model", "traces"]
+
 settings.register_profile("ci", deadline=None, max_examples=40, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("ci")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing here may reach for a hub
 
-TINY = {
-    "vocab_size": 64,
-    "hidden_size": 32,
-    "intermediate_size": 16,
-    "moe_intermediate_size": 16,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 8,
-    "num_experts_per_tok": 2,
-    "num_experts": 8,
-    "num_local_experts": 8,
-    "pad_token_id": 0,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-}
-DEEPSEEK = {
-    **TINY,
-    "num_hidden_layers": 3,
-    "first_k_dense_replace": 1,
-    "n_routed_experts": 8,
-    "n_shared_experts": 1,
-    "n_group": 2,
-    "topk_group": 1,
-    "num_key_value_heads": 4,
-    "head_dim": 4,
-    "q_lora_rank": 8,
-    "kv_lora_rank": 8,
-    "qk_rope_head_dim": 4,
-    "qk_nope_head_dim": 4,
-    "v_head_dim": 8,
-}
-FAMILIES = {"olmoe": TINY, "qwen3_moe": TINY, "mixtral": TINY, "gpt_oss": TINY, "deepseek_v3": DEEPSEEK}
-
-
-def tiny_model(family: str, **overrides: object) -> torch.nn.Module:
-    """A random model of one family, the same at every call."""
-    torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **{**FAMILIES[family], **overrides}))
-    for name, parameter in model.named_parameters():
-        if name.endswith(("gate.weight", "router.weight")):
-            torch.nn.init.normal_(parameter)  # some families start routers at zero, where every choice is a tie
-    for name, buffer in model.named_buffers():
-        if name.endswith("e_score_correction_bias"):
-            torch.nn.init.normal_(buffer)
-    return model.eval()
+FAMILIES = ("olmoe", "qwen3_moe", "mixtral", "gpt_oss", "deepseek_v3")
 
 
 def make_trace(ids_LTK: np.ndarray, num_sequences: int = 4, num_domains: int = 2) -> TokenTrace:
