@@ -2,6 +2,8 @@
 
 import os
 
+os.environ["HF_HUB_OFFLINE"] = "1"  # nothing here may reach for a hub; its client reads this when it is imported
+
 import numpy as np
 import pytest
 import torch
@@ -14,7 +16,6 @@ from profiler.spec import MoESpec
 
 settings.register_profile("ci", deadline=None, max_examples=40, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("ci")
-os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing here may reach for a hub
 
 TINY = {
     "vocab_size": 64,
