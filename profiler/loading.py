@@ -5,7 +5,10 @@ from __future__ import annotations
 import datetime
 import importlib.metadata
 import re
-from collections.abc import Callable, Sequence
+import shutil
+import tempfile
+import weakref
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,10 +16,13 @@ from typing import Any
 import torch
 
 from profiler import zoo
-from profiler.calibration import Batch, Document, make_batches
+from profiler.calibration import Batch, Batches, Document, make_batches
 from profiler.errors import CoterieError
 from profiler.profile import Profile
 from profiler.recorder import Recorder
+
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+DEVICE_MAPS = ("auto", "balanced", "balanced_low_0", "sequential")
 
 
 @dataclass(frozen=True)
@@ -27,27 +33,62 @@ class LoadedModel:
     model: Any
     tokenizer: Any
 
+    @property
+    def input_device(self) -> torch.device:
+        """Where the model takes its tokens; its weights may be elsewhere, or on no device until they are used."""
+        embeddings = self.model.get_input_embeddings()
+        # accelerate brings offloaded weights to this device for each call.
+        execution_device = getattr(getattr(embeddings, "_hf_hook", None), "execution_device", None)
+        return torch.device(embeddings.weight.device if execution_device is None else execution_device)
+
     def batches(
-        self, documents: Sequence[Document], sequence_length: int, batch_size: int, max_tokens: int | None = None
-    ) -> list[Batch]:
-        """`make_batches` with this model's tokenizer, checked against its vocabulary.
+        self,
+        documents: Sequence[Document],
+        sequence_length: int,
+        batch_size: int,
+        max_tokens: int | None = None,
+        *,
+        as_chat: bool = False,
+        pad_left: bool = False,
+    ) -> Batches:
+        """`make_batches` with this model's tokenizer, again and again; each batch is checked against its vocabulary.
 
         Raises:
-            CoterieError: a size is below 1, or the tokenizer is not the model's.
+            CoterieError: a size is below 1, or there is no chat template; when counting or iterating also if the
+                tokenizer is not the model's.
         """
-        batches = make_batches(documents, self.tokenizer, sequence_length, batch_size, max_tokens)
-        if not batches:
+
+        def make(skip: int) -> Iterator[Batch]:
+            return make_batches(
+                documents,
+                self.tokenizer,
+                sequence_length,
+                batch_size,
+                max_tokens,
+                as_chat=as_chat,
+                pad_left=pad_left,
+                skip=skip,
+            )
+
+        make(0)  # says at once what is wrong with the arguments; reads nothing
+        return Batches(lambda skip: self._checked(make(skip), skip))
+
+    def _checked(self, batches: Iterator[Batch], skipped: int) -> Iterator[Batch]:
+        vocab_size = self.model.config.get_text_config().vocab_size
+        nothing = not skipped
+        for batch in batches:
+            nothing = False
+            largest = int(batch.input_ids.max())
+            if largest >= vocab_size:
+                raise CoterieError(
+                    f"{self.name}: its tokenizer gives token {largest}, the vocabulary has {vocab_size}; "
+                    "put the model's own tokenizer there"
+                )
+            yield batch
+        if nothing:
             raise CoterieError(
                 f"{self.name}: its tokenizer makes 0 tokens of the text; add the model's tokenizer files"
             )
-        largest = max(int(batch.input_ids.max()) for batch in batches)
-        vocab_size = self.model.config.get_text_config().vocab_size
-        if largest >= vocab_size:
-            raise CoterieError(
-                f"{self.name}: its tokenizer gives token {largest}, the vocabulary has {vocab_size}; "
-                "put the model's own tokenizer there"
-            )
-        return batches
 
 
 def default_device() -> str:
@@ -56,16 +97,25 @@ def default_device() -> str:
     return accelerator.type if accelerator is not None else "cpu"
 
 
-def load_model(model: str | None, device: str | None = None) -> LoadedModel:
+def load_model(
+    model: str | None,
+    device: str | None = None,
+    *,
+    device_map: str | Mapping[str, str | int] | None = None,
+    dtype: str | None = None,
+) -> LoadedModel:
     """Load a model for inference, without running code that comes with it.
 
     Args:
         model: a folder or a hub id; None for the embedded model.
-        device: such as `cpu` or `cuda:0`; None for the accelerator if there is one.  On the CPU weights are taken in
-            float32, elsewhere as they were saved.
+        device: such as `cpu` or `cuda:0`; None for the accelerator if there is one.
+        device_map: spread the model over accelerators, then host memory, then the disk: `auto`, another of
+            `DEVICE_MAPS`, or a device for each module as transformers takes it.  Weights that go to the disk are
+            written to the folder for temporary files (TMPDIR) and removed with the model.
+        dtype: one of `DTYPES`, `auto` for weights as they were saved; None for float32 on the CPU and `auto` elsewhere.
 
     Raises:
-        CoterieError: there is no such model or it cannot be loaded.
+        CoterieError: there is no such model, it cannot be loaded, or both a device and a device map are given.
     """
     # Importing transformers takes seconds: only where a model is really loaded.
     from huggingface_hub.utils.logging import set_verbosity_error
@@ -79,20 +129,37 @@ def load_model(model: str | None, device: str | None = None) -> LoadedModel:
         raise CoterieError(
             f"{source}: no such model folder; give a folder with config.json, or a hub id like owner/name"
         )
+    if device is not None and device_map is not None:
+        raise CoterieError(f"device {device!r} and device map {device_map!r}: give one of them")
+    if isinstance(device_map, str) and device_map not in DEVICE_MAPS:
+        raise CoterieError(f"device map {device_map!r}: must be one of {', '.join(DEVICE_MAPS)}")
+    if dtype is not None and dtype not in DTYPES:
+        raise CoterieError(f"dtype {dtype!r}: must be one of {', '.join(DTYPES)}")
     device = device or default_device()
+    dtype = dtype or ("float32" if device == "cpu" else "auto")
+    offload_folder = None if device_map is None else tempfile.mkdtemp(prefix="coterie-")
     try:
         tokenizer = AutoTokenizer.from_pretrained(source)
-        loaded = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32 if device == "cpu" else "auto")
+        loaded = AutoModelForCausalLM.from_pretrained(
+            source, dtype=dtype, device_map=device_map, offload_folder=offload_folder
+        )
     except Exception as error:  # what loading a broken folder raises is any library's choice
+        if offload_folder is not None:
+            shutil.rmtree(offload_folder, ignore_errors=True)
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise CoterieError(
             f"{source}: cannot be loaded as a model ({reason}); give a model folder or hub id"
         ) from error
-    try:
-        loaded = loaded.to(device)
-    except (AssertionError, RuntimeError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise CoterieError(f"device {device!r}: cannot be used ({reason}); give one such as cpu or cuda:0") from error
+    if offload_folder is not None:
+        weakref.finalize(loaded, shutil.rmtree, offload_folder, ignore_errors=True)
+    else:
+        try:
+            loaded = loaded.to(device)
+        except (AssertionError, RuntimeError) as error:
+            reason = str(error).strip().splitlines()[0]
+            raise CoterieError(
+                f"device {device!r}: cannot be used ({reason}); give one such as cpu or cuda:0"
+            ) from error
     name = zoo.NAME if model is None else Path(source).name if Path(source).is_dir() else source
     return LoadedModel(name, loaded.eval(), tokenizer)
 
@@ -118,14 +185,14 @@ def profile_model(
     recorder = Recorder(loaded.model, loaded.name)
     batches = loaded.batches(documents, sequence_length, batch_size, max_tokens)
     domains = list(dict.fromkeys(document.domain for document in documents))
-    total, done = sum(batch.num_tokens for batch in batches), 0
+    total, done = batches.num_tokens, 0
     on_progress(done, total)
     with recorder:
         for batch in batches:
             recorder.domain_id = domains.index(batch.domain)
             loaded.model(
-                input_ids=batch.input_ids.to(loaded.model.device),
-                attention_mask=batch.attention_mask.to(loaded.model.device),
+                input_ids=batch.input_ids.to(loaded.input_device),
+                attention_mask=batch.attention_mask.to(loaded.input_device),
                 use_cache=False,
             )
             done += batch.num_tokens

@@ -2,6 +2,8 @@
 
 import os
 
+os.environ["HF_HUB_OFFLINE"] = "1"  # nothing here may reach for a hub; its client reads this when it is imported
+
 import numpy as np
 import pytest
 from hypothesis import HealthCheck, settings
@@ -16,7 +18,6 @@ __all__ = ["FAMILIES", "make_spec", "make_trace", "profile", "random_ids", "tiny
 
 settings.register_profile("ci", deadline=None, max_examples=40, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("ci")
-os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing here may reach for a hub
 
 FAMILIES = ("olmoe", "qwen3_moe", "mixtral", "gpt_oss", "deepseek_v3")
 

@@ -30,7 +30,7 @@ def test_its_card_matches_what_it_does(loaded):
     """Held-out bits per byte of one domain, in windows as training measured them, against the model card."""
     card = (zoo.MODEL / "README.md").read_text()
     rows = {line.split("|")[1].strip(): line.split("|")[2:4] for line in card.splitlines() if line.count("|") == 4}
-    documents = {document.domain: document.text for document in read_documents([zoo.HELD_OUT])}
+    documents = {document.domain: document.read() for document in read_documents([zoo.HELD_OUT])}
     assert set(documents) <= set(rows)
     for domain in documents:
         model, unigram = (float(value) for value in rows[domain])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -139,9 +140,10 @@ def bench(
     loaded = load_model(model, "cpu")
     placement.require_model(read_spec(loaded.model, loaded.name))
     num_ranks = placement.topology.num_ranks
-    batches = loaded.batches(documents, sequence_length, batch_size=1)
-    full = [batch.input_ids[0].tolist() for batch in batches if batch.num_tokens == sequence_length]
     needed = num_ranks * sequences_per_rank
+    batches = loaded.batches(documents, sequence_length, batch_size=1)
+    of_full_length = (batch.input_ids[0].tolist() for batch in batches if batch.num_tokens == sequence_length)
+    full = list(itertools.islice(of_full_length, needed))  # reads no more text than it needs
     if len(full) < needed:
         raise CoterieError(
             f"the text holds {len(full)} sequences of {sequence_length} tokens, {num_ranks} ranks with "
@@ -151,7 +153,7 @@ def bench(
     arguments = {
         "model": model,
         "maps": {"linear": linear, "planned": replace(placement, metrics=None)},
-        "sequences": full[:needed],
+        "sequences": full,
         "repeats": repeats,
     }
     ranks = run_on_ranks(_bench_rank, num_ranks, arguments, before_joining)

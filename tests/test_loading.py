@@ -1,0 +1,109 @@
+"""Models load on one device or spread over several, and see the same tokens either way."""
+
+import gc
+
+import numpy as np
+import pytest
+import torch
+from conftest import tiny_model
+
+from profiler import CoterieError, zoo
+from profiler.calibration import Document, read_documents
+from profiler.loading import load_model, profile_model
+
+CHAT = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "ho"}]
+
+
+@pytest.fixture(scope="module", params=["olmoe", "gpt_oss"])
+def folder(request, tmp_path_factory):
+    """A tiny random model with the embedded model's tokenizer."""
+    from transformers import AutoTokenizer
+
+    path = tmp_path_factory.mktemp(request.param)
+    tokenizer = AutoTokenizer.from_pretrained(zoo.MODEL)
+    tiny_model(request.param, vocab_size=len(tokenizer)).save_pretrained(path)
+    tokenizer.save_pretrained(path)
+    return str(path)
+
+
+def spread(embeddings, first, second):
+    """A map for a machine without accelerators: host memory and the disk."""
+    rest = dict.fromkeys(("model.norm", "model.rotary_emb", "lm_head"), "cpu")
+    return {"model.embed_tokens": embeddings, "model.layers.0": first, "model.layers.1": second, **rest}
+
+
+@pytest.mark.parametrize("device_map", ["auto", spread("cpu", "cpu", "disk"), spread("disk", "disk", "cpu")])
+def test_a_spread_model_routes_as_one_on_a_single_device(folder, device_map, tmp_path, monkeypatch):
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    documents = read_documents([zoo.CALIBRATION])
+    expected = profile_model(load_model(folder, "cpu"), documents, max_tokens=200, batch_size=2, sequence_length=32)
+    loaded = load_model(folder, device_map=device_map, dtype="float32")
+    assert loaded.input_device == torch.device("cpu")
+    offloaded = any(parameter.is_meta for parameter in loaded.model.parameters())
+    assert offloaded == (device_map != "auto")
+    spread_out = profile_model(loaded, documents, max_tokens=200, batch_size=2, sequence_length=32)
+    assert spread_out.model == expected.model
+    assert np.array_equal(spread_out.tokens.topk_ids, expected.tokens.topk_ids)
+    assert list(tmp_path.iterdir())
+    del loaded
+    gc.collect()
+    assert not list(tmp_path.iterdir())  # offloaded weights go with the model
+
+
+@pytest.mark.parametrize(
+    ("asked", "expected"),
+    [(None, "float32"), ("auto", "bfloat16"), ("float16", "float16"), ("bfloat16", "bfloat16"), ("float32", "float32")],
+)
+def test_dtypes(asked, expected):
+    assert str(load_model(None, "cpu", dtype=asked).model.dtype) == f"torch.{expected}"
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"device": "cpu", "device_map": "auto"}, "give one of them"),
+        ({"device_map": "everywhere"}, "device map 'everywhere': must be one of auto"),
+        ({"device_map": {"model": "disk"}}, "cannot be loaded"),
+        ({"dtype": "int3"}, "dtype 'int3': must be one of auto"),
+        ({"device": "toaster"}, "device 'toaster': cannot be used"),
+    ],
+)
+def test_odd_options_are_refused(options, message, tmp_path, monkeypatch):
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    with pytest.raises(CoterieError, match=message):
+        load_model(None, **options)
+    assert not list(tmp_path.iterdir())
+
+
+def test_batches_can_be_iterated_again_and_from_the_middle():
+    loaded = load_model(None, "cpu")
+    batches = loaded.batches(read_documents([zoo.CALIBRATION]), 32, 4, 2_000)
+    first, second = list(batches), list(batches)
+    assert all(torch.equal(one.input_ids, two.input_ids) for one, two in zip(first, second, strict=True))
+    assert batches.num_tokens == 2_000
+    assert len(list(batches.start_at(5))) == batches.num_batches - 5
+    assert list(batches.start_at(batches.num_batches)) == []
+
+
+def test_tokenizers_that_are_not_the_models():
+    loaded = load_model(None, "cpu")
+    loaded.model.config.vocab_size = 20
+    with pytest.raises(CoterieError, match=r"its tokenizer gives token \d+, the vocabulary has 20"):
+        _ = loaded.batches([Document.of("a", "some text")], 32, 4).num_tokens
+    with pytest.raises(CoterieError, match="must be at least 1"):
+        loaded.batches([Document.of("a", "some text")], 0, 4)
+
+
+def test_a_real_tokenizers_chat_template():
+    loaded = load_model(None, "cpu")
+    documents = [Document.of("a", CHAT)]
+    with pytest.raises(CoterieError, match="no chat template"):
+        next(iter(loaded.batches(documents, 32, 4)))
+    loaded.tokenizer.chat_template = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}"
+    (batch,) = loaded.batches(documents, 32, 4)
+    assert loaded.tokenizer.decode(batch.input_ids[0]) == "<user>hi<assistant>ho"
+    (batch,) = loaded.batches([Document.of("a", "yes")], 32, 4, as_chat=True)
+    assert loaded.tokenizer.decode(batch.input_ids[0]) == "<user>yes"
+    loaded.tokenizer.chat_template = "{{ raise_exception('never') }}"
+    with pytest.raises(CoterieError, match=r"refuses it \(never\)"):
+        next(iter(loaded.batches(documents, 32, 4)))
