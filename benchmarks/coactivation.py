@@ -66,8 +66,8 @@ def main() -> None:
     write(
         "coactivation",
         "Counting co-activation",
-        f"{NUM_EXPERTS} experts, top-{TOP_K}, {NUM_TOKENS:,} tokens ({TOKENS_OF_THE_LOOP:,} for the loop in Python), one "
-        f"layer; results equal. Nanoseconds a token, median of {REPEATS} runs taken in turns (least to most), and the "
+        f"{NUM_EXPERTS} experts, top-{TOP_K}, {NUM_TOKENS:,} tokens ({TOKENS_OF_THE_LOOP:,} for the loop in Python), "
+        f"one layer; results equal. Nanoseconds a token, median of {REPEATS} runs in turns (least to most), and the "
         f"median of the runs' ratios to coterie's; torch on {torch.get_num_threads()} threads.",
         ("method", "ns a token", "times as long"),
         [[name, spread(values), float(np.median(np.array(values) / own))] for name, values in times.items()],

@@ -44,8 +44,8 @@ def main() -> None:
     write(
         "recording",
         "What recording adds to a forward pass",
-        f"Median (least to most) of {REPEATS} pairs of passes in turns, float32 on the CPU. Recording includes counting "
-        "loads, co-activation and transitions, and writing token sets to disk.",
+        f"Median (least to most) of {REPEATS} pairs of passes in turns, float32 on the CPU. Recording includes "
+        "counting loads, co-activation and transitions, and writing token sets to disk.",
         ("model", "batch", "ms without", "ms with recording", "added, % (of each pair)"),
         rows,
     )

@@ -26,8 +26,8 @@ def main() -> None:
         "Ten million tokens through a profile writer",
         f"{NUM_TOKENS:,} synthetic tokens x {NUM_LAYERS} layers, {NUM_EXPERTS} experts, top-{TOP_K}, passes of "
         f"{TOKENS_OF_A_PASS:,} tokens; growth of the peak resident memory of the process from after its first pass to "
-        "after the profile is complete and checked, checkpoints included. The rows share a process, so that a later one "
-        "can grow less than it would alone.",
+        "after the profile is complete and checked, checkpoints included. The rows share a process, so that a later "
+        "one can grow less than it would alone.",
         ("token sets kept", "peak memory grew by, MB", "seconds", "tokens/s", "MB on disk"),
         rows,
     )

@@ -44,8 +44,8 @@ Model = Annotated[str | None, typer.Argument(help="Model folder or hub id; the e
 Data = Annotated[
     list[str] | None,
     typer.Option(
-        help="Text file, .jsonl, a folder of them (a domain each), or a Hugging Face dataset on disk or by name; may be "
-        "given several times."
+        help="Text file, .jsonl, a folder of them (a domain each), or a Hugging Face dataset on disk or by name; may "
+        "be given several times."
     ),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
@@ -185,7 +185,7 @@ def split_profile(
         parts = dict(zip(("even", "odd"), recorded.split_by_sequence(), strict=True))
     written = {}
     for name, part in parts.items():
-        folder = out / f"{re.sub(r'[^\w.-]+', '-', name)}.profile"
+        folder = out / (re.sub(r"[^\w.-]+", "-", name) + ".profile")
         part.save(folder)
         written[str(folder)] = part.num_tokens
     if as_json:
@@ -252,8 +252,8 @@ def _show_profile(stored: StoredProfile, as_json: bool, how: str) -> None:
     dummy = stored.provenance.get("dummy_tokens", 0)
     if dummy:
         notes.print(
-            f"[bold]{dummy:,} of {stored.num_tokens:,} tokens pick the same in every layer as at least 1% of all do[/]: "
-            "warm-up, dummy or padding rows? Record without them"
+            f"[bold]{dummy:,} of {stored.num_tokens:,} tokens pick the same in every layer as at least 1% of all do[/]"
+            ": warm-up, dummy or padding rows? Record without them"
         )
     notes.print(f"wrote {stored.folder}: {stored.num_tokens:,} tokens, {how}")
 

@@ -1,7 +1,7 @@
 """The profile folder on disk: what its files hold, and how they are checked, written and put in place.
 
-`profile.json`, `counts.safetensors`, and `tokens-00000.safetensors` onward where token sets were kept.  Every file's hash
-is in `profile.json`, so that a byte that changed is found and named.
+`profile.json`, `counts.safetensors`, and `tokens-00000.safetensors` onward where token sets were kept.  Every file's
+hash is in `profile.json`, so that a byte that changed is found and named.
 """
 
 from __future__ import annotations
@@ -91,7 +91,7 @@ def open_profile(folder: Path) -> StoredProfile:
         if header["schema_version"] != SCHEMA_VERSION:
             version = header["schema_version"]
             raise CoterieError(
-                f"{folder}: schema_version {version!r}, this coterie reads {SCHEMA_VERSION}; use the coterie that made it"
+                f"{folder}: schema_version {version!r}, this coterie reads {SCHEMA_VERSION}; use the one that made it"
             )
         if header["header_digest"] != header_digest(header):
             raise CoterieError(f"{folder / 'profile.json'}: edited since it was recorded; profile again")

@@ -1,14 +1,12 @@
-"""Models by path, by hub id, or the embedded one; and a whole profile from a model and its texts."""
+"""Models by path, by hub id, or the embedded one."""
 
 from __future__ import annotations
 
-import datetime
-import importlib.metadata
 import re
 import shutil
 import tempfile
 import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,8 +16,6 @@ import torch
 from profiler import zoo
 from profiler.calibration import Batch, Batches, Document, make_batches
 from profiler.errors import CoterieError
-from profiler.profile import Profile
-from profiler.recorder import Recorder
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 DEVICE_MAPS = ("auto", "balanced", "balanced_low_0", "sequential")
@@ -162,47 +158,3 @@ def load_model(
             ) from error
     name = zoo.NAME if model is None else Path(source).name if Path(source).is_dir() else source
     return LoadedModel(name, loaded.eval(), tokenizer)
-
-
-@torch.no_grad()
-def profile_model(
-    loaded: LoadedModel,
-    documents: Sequence[Document],
-    *,
-    sequence_length: int = 256,
-    batch_size: int = 16,
-    max_tokens: int | None = None,
-    on_progress: Callable[[int, int], None] = lambda _done, _total: None,
-) -> Profile:
-    """Run a model over texts and record which experts each token picked.
-
-    Args:
-        on_progress: called with tokens done and tokens in all, after every batch.
-
-    Raises:
-        CoterieError: the model has no MoE layers, or a size is below 1.
-    """
-    recorder = Recorder(loaded.model, loaded.name)
-    batches = loaded.batches(documents, sequence_length, batch_size, max_tokens)
-    domains = list(dict.fromkeys(document.domain for document in documents))
-    total, done = batches.num_tokens, 0
-    on_progress(done, total)
-    with recorder:
-        for batch in batches:
-            recorder.domain_id = domains.index(batch.domain)
-            loaded.model(
-                input_ids=batch.input_ids.to(loaded.input_device),
-                attention_mask=batch.attention_mask.to(loaded.input_device),
-                use_cache=False,
-            )
-            done += batch.num_tokens
-            on_progress(done, total)
-    provenance = {
-        "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "sequence_length": sequence_length,
-        "batch_size": batch_size,
-        "max_tokens": max_tokens,
-        "model_revision": getattr(loaded.model.config, "_commit_hash", None),
-        "versions": {package: importlib.metadata.version(package) for package in ("torch", "transformers")},
-    }
-    return Profile.from_tokens(recorder.spec, domains, recorder.trace(), provenance)

@@ -86,4 +86,3 @@ def _copy(
             writer.keep(moved if wanted >= 1 else moved.where(rng.random(moved.num_tokens) < wanted))
             on_shard()
         next_sequence += highest + 1
-

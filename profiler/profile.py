@@ -143,7 +143,9 @@ class Profile:
         traces = list(stored.traces())
         tokens = TokenTrace.concatenate(traces) if traces else None
         if (tokens.num_tokens if tokens else 0) != stored.num_traced_tokens:
-            raise CoterieError(f"{folder}: holds other than num_traced_tokens {stored.num_traced_tokens}; profile again")
+            raise CoterieError(
+                f"{folder}: holds other than num_traced_tokens {stored.num_traced_tokens}; profile again"
+            )
         return cls(stored.model, stored.domains, stored.counts, tokens, stored.provenance)
 
 

@@ -39,7 +39,7 @@ def profile_model(
 ) -> StoredProfile:
     """Run a model over texts and record which experts each token picks.
 
-    Memory does not grow with the texts.  A run that is killed is gone on with by `resume` and ends with the same counts.
+    Memory does not grow with the texts.  A run that was killed goes on with `resume` and ends with the same counts.
 
     Args:
         out: the profile folder.

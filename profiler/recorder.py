@@ -222,10 +222,12 @@ class Recorder:
                 )
         dtype = ids_dtype(self.spec.num_experts)
         narrow = torch.uint8 if dtype is np.uint8 else torch.int16  # -1 becomes all ones in both
-        ids_LTK = wide_LTK.to(narrow).cpu().numpy().view(dtype)
+        ids_LTK: npt.NDArray[np.unsignedinteger] = wide_LTK.to(narrow).cpu().numpy().view(dtype)
         if not self._weights:
             return ids_LTK, None
-        missing = [layer.name for layer, layer_weights in zip(self._layers, weights, strict=True) if layer_weights is None]
+        missing = [
+            layer.name for layer, layer_weights in zip(self._layers, weights, strict=True) if layer_weights is None
+        ]
         if missing:
             raise CoterieError(f"{missing[0]} does not announce its weights; record without them")
         stacked = torch.stack([part.to(device) for part in weights if part is not None])

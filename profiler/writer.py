@@ -299,7 +299,7 @@ class ProfileWriter:
                 if len(before) + len(now) > 200:
                     before, now = "one thing", "another"
                 raise CoterieError(
-                    f"{self._unfinished}: {key} was {before}, now it is {now}; go on with the same, or remove the folder"
+                    f"{self._unfinished}: {key} was {before}, now it is {now}; go on with the same, or remove it"
                 )
 
         def group(name: str) -> Arrays:

@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from tiny_models import tiny_model
 
 from profiler.profile import Profile
-from profiler.trace import TokenTrace, ids_dtype
 from profiler.spec import MoESpec
+from profiler.trace import TokenTrace, ids_dtype
 
 __all__ = ["FAMILIES", "make_spec", "make_trace", "profile", "random_ids", "tiny_model", "traces"]
 

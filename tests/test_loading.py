@@ -9,7 +9,9 @@ from conftest import tiny_model
 
 from profiler import CoterieError, zoo
 from profiler.calibration import Document, read_documents
-from profiler.loading import load_model, profile_model
+from profiler.loading import load_model
+from profiler.profile import Profile
+from profiler.profiling import profile_model
 
 CHAT = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "ho"}]
 
@@ -33,15 +35,17 @@ def spread(embeddings, first, second):
 
 
 @pytest.mark.parametrize("device_map", ["auto", spread("cpu", "cpu", "disk"), spread("disk", "disk", "cpu")])
-def test_a_spread_model_routes_as_one_on_a_single_device(folder, device_map, tmp_path, monkeypatch):
+def test_a_spread_model_routes_as_one_on_a_single_device(folder, device_map, tmp_path, monkeypatch, tmp_path_factory):
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     documents = read_documents([zoo.CALIBRATION])
-    expected = profile_model(load_model(folder, "cpu"), documents, max_tokens=200, batch_size=2, sequence_length=32)
+    runs, sizes = tmp_path_factory.mktemp("runs"), {"max_tokens": 200, "batch_size": 2, "sequence_length": 32}
+    profile_model(load_model(folder, "cpu"), documents, runs / "whole", **sizes)
     loaded = load_model(folder, device_map=device_map, dtype="float32")
     assert loaded.input_device == torch.device("cpu")
     offloaded = any(parameter.is_meta for parameter in loaded.model.parameters())
     assert offloaded == (device_map != "auto")
-    spread_out = profile_model(loaded, documents, max_tokens=200, batch_size=2, sequence_length=32)
+    profile_model(loaded, documents, runs / "spread", **sizes)
+    expected, spread_out = (Profile.load_from(runs / name) for name in ("whole", "spread"))
     assert spread_out.model == expected.model
     assert np.array_equal(spread_out.tokens.topk_ids, expected.tokens.topk_ids)
     assert list(tmp_path.iterdir())

@@ -59,7 +59,9 @@ def test_writing_in_passes_is_saving_at_once(tmp_path):
 
 
 @given(st.integers(0, 27), st.integers(1, 5), st.sampled_from([None, 0, 100, 5000]))
-def test_killed_anywhere_and_resumed_ends_with_the_same_bytes(tmp_path_factory, killed_at, checkpoint_every, max_traced_tokens):
+def test_killed_anywhere_and_resumed_ends_with_the_same_bytes(
+    tmp_path_factory, killed_at, checkpoint_every, max_traced_tokens
+):
     folder = tmp_path_factory.mktemp("killed")
     options = {"max_traced_tokens": max_traced_tokens, "seed": 3}
     whole = ProfileWriter(folder / "whole", SPEC, DOMAINS, **options)
@@ -120,7 +122,9 @@ def test_a_full_disk_is_one_line_and_keeps_what_was_complete(tmp_path, monkeypat
 
     with monkeypatch.context() as patch:
         patch.setattr(profiler.files.os, "fsync", full)
-        with pytest.raises(CoterieError, match=r"tokens-0000\d.safetensors: cannot be written \(No space left.*free some"):
+        with pytest.raises(
+            CoterieError, match=r"tokens-0000\d.safetensors: cannot be written \(No space left.*free some"
+        ):
             feed(writer, checkpoint_every=10_000)
     resumed = ProfileWriter(tmp_path / "run", SPEC, DOMAINS, resume=True)
     assert resumed.position == {"step": 10}
@@ -132,7 +136,9 @@ def test_a_full_disk_at_the_end_keeps_the_run(tmp_path, monkeypatch):
     writer = ProfileWriter(tmp_path / "run", SPEC, DOMAINS, max_traced_tokens=100)
     feed(writer)
     with monkeypatch.context() as patch:
-        patch.setattr(Path, "replace", lambda *_: (_ for _ in ()).throw(OSError(errno.ENOSPC, "No space left on device")))
+        patch.setattr(
+            Path, "replace", lambda *_: (_ for _ in ()).throw(OSError(errno.ENOSPC, "No space left on device"))
+        )
         with pytest.raises(CoterieError, match="No space left"):
             writer.finish({})
     assert writer.finish({}).num_traced_tokens == 100

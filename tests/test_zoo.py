@@ -9,7 +9,8 @@ from placement.topology import Topology
 from profiler import Profile, zoo
 from profiler.analysis import shuffled
 from profiler.calibration import read_documents
-from profiler.loading import load_model, profile_model
+from profiler.loading import load_model
+from profiler.profiling import profile_model
 from profiler.zoo import train
 
 
@@ -46,10 +47,11 @@ def test_its_card_matches_what_it_does(loaded):
     assert measured == pytest.approx(float(rows["scripture"][0]), abs=0.02)
 
 
-def test_its_routing_has_structure_that_shuffling_destroys(loaded):
-    parts = [
-        profile_model(loaded, read_documents([texts]), max_tokens=8_000) for texts in (zoo.CALIBRATION, zoo.HELD_OUT)
-    ]
+def test_its_routing_has_structure_that_shuffling_destroys(loaded, tmp_path):
+    parts = []
+    for texts in (zoo.CALIBRATION, zoo.HELD_OUT):
+        profile_model(loaded, read_documents([texts]), tmp_path / texts.name, max_tokens=8_000)
+        parts.append(Profile.load_from(tmp_path / texts.name))
     dealt = [Profile.from_tokens(part.model, part.domains, shuffled(part.tokens, 0), {}) for part in parts]
     shares = []
     for planned, unseen in (parts, dealt):

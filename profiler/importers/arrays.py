@@ -93,7 +93,9 @@ def _to_profile(
         raise CoterieError(f"holds {', '.join(arrays) or 'no array that is known'}, but no topk_ids; add it")
     ids_TLK = arrays["topk_ids"]
     if ids_TLK.ndim != 3 or not np.issubdtype(ids_TLK.dtype, np.integer) or 0 in ids_TLK.shape:
-        raise CoterieError(f"topk_ids is {ids_TLK.dtype} {ids_TLK.shape}: must be whole numbers (tokens, layers, top-k)")
+        raise CoterieError(
+            f"topk_ids is {ids_TLK.dtype} {ids_TLK.shape}: must be whole numbers (tokens, layers, top-k)"
+        )
     num_tokens, num_layers, top_k = ids_TLK.shape
     highest = int(ids_TLK.max())
     if "num_experts" in arrays:
@@ -139,9 +141,7 @@ def _to_profile(
         sequence_ids=_column(arrays, "sequence_ids", num_tokens, 0, np.iinfo(np.int32).max).astype(np.int32),
         domain_ids=domain_ids,
         phase=_column(arrays, "phase", num_tokens, DECODE if decode else PREFILL, DECODE).astype(np.uint8),
-        topk_weights=None
-        if weights is None
-        else np.ascontiguousarray(weights.transpose(1, 0, 2)).astype(np.float16),
+        topk_weights=None if weights is None else np.ascontiguousarray(weights.transpose(1, 0, 2)).astype(np.float16),
     )
     trace.require(spec, len(domains))
     dummy = RowSketch.empty().add(trace.row_hashes()).dummy_tokens(spec, num_tokens)
