@@ -179,7 +179,9 @@ def read_documents(
 
 
 def _read_path(path: Path, text_field: str, domain_field: str, split: str) -> Iterator[Document]:
-    if _is_saved_dataset(path) or (not path.exists() and re.fullmatch(r"\w[\w.-]*/\w[\w.-]*(:[\w.-]+)?", str(path))):
+    # A file missing in a folder that there is was misspelt; asking the hub for it would take long.
+    may_be_on_hub = not path.exists() and not path.parent.exists()
+    if _is_saved_dataset(path) or (may_be_on_hub and re.fullmatch(r"\w[\w.-]*/\w[\w.-]*(:[\w.-]+)?", str(path))):
         yield from _scan_dataset(path, text_field, domain_field, split)
         return
     if not path.exists():
@@ -267,9 +269,11 @@ def _open_dataset(path: Path, split: str) -> Any:
     missing = "" if path.exists() else "no such file or folder here; as a hub's dataset it "
     try:
         import datasets
+        from huggingface_hub.utils.logging import set_verbosity_error
     except ImportError as error:
         raise CoterieError(f"{path}: {missing}needs the datasets library; pip install 'coterie[datasets]'") from error
     datasets.disable_progress_bars()
+    set_verbosity_error()  # it would report each retry; the outcome is one line of ours
     name, _, config = str(path).partition(":")
     try:
         # Neither runs code that comes with the data: datasets gave that up in its version 4.
@@ -309,7 +313,9 @@ def _parse_line(line: bytes, place: str) -> dict[str, Any]:
     except UnicodeDecodeError as error:
         raise CoterieError(f"{place}: not UTF-8 text (byte {error.start} of the line); save it as UTF-8") from error
     except (ValueError, RecursionError) as error:
-        raise CoterieError(f"{place}: not JSON ({error}); give one JSON object a line") from error
+        raise CoterieError(
+            f"{place}: not JSON ({getattr(error, 'msg', error)}); give one JSON object a line"
+        ) from error
     if not isinstance(record, dict):
         raise CoterieError(f"{place}: a {type(record).__name__}, not a JSON object; give one JSON object a line")
     return record

@@ -191,9 +191,10 @@ def test_bad_json_lines_are_named(tmp_path, line, message):
     assert "\n" not in str(caught.value)
 
 
-def test_missing_paths_and_empty_ones_are_refused(tmp_path):
-    for path in (tmp_path / "nowhere", "no-file.txt"):
-        with pytest.raises(CoterieError, match="no such file"):
+def test_missing_paths_and_empty_ones_are_refused(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path.parent)
+    for path in (tmp_path / "nowhere", "no-file.txt", f"{tmp_path.name}/misspelt"):
+        with pytest.raises(CoterieError, match="no such file or folder; give"):
             read_documents([path])
     with pytest.raises(CoterieError, match="holds no file"):
         read_documents([tmp_path])
