@@ -132,6 +132,7 @@ def test_recorded_experts_are_those_that_change_a_token(family, implementation):
         selection = selections[layer.layer_id]
         ids = selection.ids
         assert (ids.dtype, ids.ndim, ids.shape[-1]) == (torch.int64, 2, spec.top_k)
+        assert set(ids.unique().tolist()) <= {-1, *range(spec.num_experts)}
         assert selection.weights is None or (
             selection.weights.shape == ids.shape and selection.weights.is_floating_point()
         )
