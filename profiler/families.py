@@ -40,6 +40,7 @@ class Selection:
         ids: int64 (tokens, K); negative where a pick is no expert: a dropped token, or a pick that costs nothing
             because it stands for a zero, identity or skip expert, which has no weights and lives on no rank.
         weights: float (tokens, K), as applied to the experts' outputs; None where the module does not announce them.
+            They mean nothing where the id is negative.
     """
 
     ids: torch.Tensor
@@ -277,7 +278,8 @@ def read_spec(model: nn.Module, name: str) -> MoESpec:
         top_k, num_groups = _routing(model, layer.name, family, config)
         if top_k is None:
             raise CoterieError(
-                f"{name}: its config has no num_experts_per_tok, so top-k is unknown; add it to config.json"
+                f"{name}: its config has no num_experts_per_tok, so top-k is unknown; add it to config.json, "
+                "or `top_k` to its Family (docs/families.md)"
             )
         layer_of_sizes.setdefault((*family.shape(layer.experts), top_k, num_groups), layer.name)
     if len(layer_of_sizes) > 1:

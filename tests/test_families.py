@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 from tiny_models import CONFIGS, tiny_model
 from torch import nn
 
@@ -131,6 +132,7 @@ def test_recorded_experts_are_those_that_change_a_token(family, implementation):
         selection = selections[layer.layer_id]
         ids = selection.ids
         assert (ids.dtype, ids.ndim, ids.shape[-1]) == (torch.int64, 2, spec.top_k)
+        assert set(ids.unique().tolist()) <= {-1, *range(spec.num_experts)}
         assert selection.weights is None or (
             selection.weights.shape == ids.shape and selection.weights.is_floating_point()
         )
@@ -210,14 +212,17 @@ def test_documented_example_works(monkeypatch):
     model, spec = names["model"], names["recorder"].spec
     assert (spec.model_type, spec.layer_ids, spec.num_experts, spec.top_k) == ("TinyModel", (0, 1), 8, 2)
     assert (spec.hidden_size, spec.expert_size, spec.num_groups, spec.dtype) == (32, 16, 1, "float32")
-    trace = names["recorder"].trace()
-    for index, layer in enumerate(model.layers):
-        inputs = model.inputs[index]
-        plain = layer(inputs)
+    inputs = []
+    for layer in model.layers:
+        layer.register_forward_pre_hook(lambda _module, args: inputs.append(args[0]))
+    with torch.no_grad(), Recorder(model) as recorder:
+        model(torch.randint(64, (2, 6)))
+    for layer, hidden, ids in zip(model.layers, tuple(inputs), recorder.trace().topk_ids, strict=True):
+        plain = output_of(layer, (hidden,), {}, 12)
         for expert in range(8):
             with overwritten(layer, expert, 8):
-                changed = (layer(inputs) != plain).any(dim=1)
-            assert changed.tolist() == (trace.topk_ids[index] == expert).any(axis=1).tolist()
+                changed = (output_of(layer, (hidden,), {}, 12) != plain).any(dim=1)
+            assert changed.tolist() == (ids == expert).any(axis=1).tolist()
 
 
 class Experts(nn.Module):
@@ -237,6 +242,42 @@ class Experts(nn.Module):
 def test_layers_of_different_sizes_are_refused(other):
     with pytest.raises(CoterieError, match=r"tiny: .* are \(4, 8, 3, 2, 1\) in 0 and .* in 1: .* alike"):
         read_spec(nn.Sequential(Experts(), Experts(**other)), "tiny")
+
+
+@pytest.mark.parametrize(
+    ("wrapper", "first"),
+    [
+        ("Qwen3VLMoeForConditionalGeneration", "model.language_model.layers.0.mlp.experts"),
+        ("Ernie4_5_VLMoeForConditionalGeneration", "model.language_model.layers.1.mlp.text_moe.experts"),
+    ],
+)
+def test_text_model_inside_a_vision_language_model(wrapper, first):
+    cls = getattr(transformers, wrapper)
+    with torch.device("meta"):
+        model = cls(cls.config_class())
+    layers, text = find_moe_layers(model), model.config.get_text_config()
+    assert layers[0].name == first
+    assert layers[-1].layer_id == text.num_hidden_layers - 1
+    assert read_spec(model, "full size").hidden_size == text.hidden_size
+
+
+def test_nllb_moe_is_refused():
+    """transformers 5.23 takes its mask for expert ids, so that only experts 0 and 1 ever run."""
+    config = transformers.NllbMoeConfig(
+        vocab_size=64, d_model=32, encoder_layers=2, decoder_layers=2, encoder_ffn_dim=16, decoder_ffn_dim=16,
+        encoder_attention_heads=4, decoder_attention_heads=4, num_experts=8, encoder_sparse_step=2, decoder_sparse_step=2,
+    )  # fmt: skip
+    model = transformers.NllbMoeModel(config).eval()
+    with pytest.raises(CoterieError, match="^NllbMoeModel has no MoE layers that coterie knows.*NllbMoeExperts"):
+        find_moe_layers(model)
+    ran = set()
+    for name, module in model.named_modules():
+        if re.search(r"expert_\d$", name):
+            module.register_forward_hook(lambda _module, _args, _output, name=name: ran.add(name[-1]))
+    input_ids = torch.randint(3, 64, (2, 12))
+    with torch.no_grad():
+        model(input_ids=input_ids, decoder_input_ids=input_ids)
+    assert ran == {"0", "1"}
 
 
 def test_two_sets_of_experts_in_a_layer_are_refused():
