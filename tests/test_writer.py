@@ -15,8 +15,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import profiler.files
-from profiler import CoterieError, Profile, ProfileWriter
+from profiler import CoterieError, Profile, ProfileWriter, zoo
+from profiler.calibration import read_documents
 from profiler.folder import open_profile
+from profiler.loading import load_model
+from profiler.profiling import profile_model
 from profiler.trace import RowSketch
 from profiler.writer import Reservoir, unfinished_folder
 
@@ -184,30 +187,34 @@ def test_dummy_rows_are_reported(tmp_path):
         assert writer.finish({}).provenance.get("dummy_tokens") == expected
 
 
-KILLED_RUN = """
+RUN_TO_KILL = """
 import sys
 from pathlib import Path
-sys.path.insert(0, "tests")
 import profiler.writer
-from profiler import zoo
-from profiler.calibration import read_documents
-from profiler.loading import load_model
-from profiler.profiling import profile_model
+sys.path.insert(0, "tests")
+from test_writer import record_embedded_model
 profiler.writer.CHECKPOINT_SECONDS, profiler.writer.CHECKPOINT_SHARE = 0.0, 1e9
-profile_model(load_model(None), read_documents([zoo.HELD_OUT]), Path(sys.argv[1]), max_tokens=6_000, sequence_length=64,
-              batch_size=2, resume=sys.argv[2] == "resume")
+record_embedded_model(Path(sys.argv[1]))
 """
 
 
-def test_a_killed_process_resumes(tmp_path):
-    arguments = [sys.executable, "-c", KILLED_RUN]
-    subprocess.run([*arguments, str(tmp_path / "whole"), "begin"], check=True)
-    running = subprocess.Popen([*arguments, str(tmp_path / "killed"), "begin"])
+def record_embedded_model(folder, resume=False):
+    documents = read_documents([zoo.HELD_OUT])
+    sizes = {"max_tokens": 6_000, "sequence_length": 64, "batch_size": 2}
+    return profile_model(load_model(None), documents, folder, resume=resume, **sizes)
+
+
+def test_a_killed_process_resumes(tmp_path, monkeypatch):
+    monkeypatch.undo()  # shards as large as those of the other process
+    whole = record_embedded_model(tmp_path / "whole")
+    running = subprocess.Popen([sys.executable, "-c", RUN_TO_KILL, str(tmp_path / "killed")])
     checkpoint = unfinished_folder(tmp_path / "killed") / "checkpoint"
     while running.poll() is None and not checkpoint.exists():
         time.sleep(0.01)
     time.sleep(0.1)
     running.send_signal(signal.SIGKILL)
     assert running.wait() == -signal.SIGKILL, "the run ended before it could be killed"
-    subprocess.run([*arguments, str(tmp_path / "killed"), "resume"], check=True)
+    assert not (tmp_path / "killed").exists()
+    resumed = record_embedded_model(tmp_path / "killed", resume=True)
     assert contents(tmp_path / "killed") == contents(tmp_path / "whole")
+    assert resumed.digest == whole.digest
