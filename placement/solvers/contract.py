@@ -2,61 +2,160 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
 
-RankOfExpert = npt.NDArray[np.int64]
+from placement.placement_map import EMPTY_SLOT
+from placement.topology import Topology
+
+Slots = npt.NDArray[np.int64]
+"""int64 (P,), the logical expert in each slot, -1 where empty; slot p sits on rank p // slots_per_rank."""
+
+
+@dataclass(frozen=True)
+class Objective:
+    """What a second of the layer is made of: the search minimises the sum of its parts, each at its busiest place.
+
+    Attributes:
+        ingress: per share of all tokens that reach the busiest rank.
+        node_ingress: per share of all tokens that reach the busiest node from others.
+        load: per load of the busiest rank over the mean load.
+        fan_out: per rank that a token visits on average.
+        collaboration: per share of co-activated pairs that are not on one rank.
+    """
+
+    ingress: float = 0.0
+    node_ingress: float = 0.0
+    load: float = 0.0
+    fan_out: float = 0.0
+    collaboration: float = 0.0
 
 
 @dataclass(frozen=True)
 class LayerProblem:
-    """Place the experts of one layer, `slots_per_rank` on every rank.
+    """Place the experts of one layer.
 
     Attributes:
-        sets: int32 (U, K), the distinct sets of experts that tokens picked, each row ascending.
-        weights: int64 (U,), tokens that picked each set.
+        sets: int32 (U, K), sets of experts that tokens picked, each row ascending; -1 at the end of rows of tokens
+            some of whose picks went to no expert.  Rows differ in set or fold.
+        folds: int64 (U,), which part of the sequences a row comes from, 0 .. F-1: what differs between folds is
+            likely to differ again on traffic that is yet to come.
+        weights: float64 (U,), tokens that picked the set in the fold.
         num_experts: E.
-        num_ranks: R, a divisor of E.
+        topology: nodes, ranks and slots, P >= E of these.
         load_cap: the largest load of a rank that is wanted, over the mean load.
+        num_redundant: copies beyond one of each expert that may be placed, at most P - E.
+        num_groups: G; where above 1, experts may only change places so that a permuted checkpoint stays exact under
+            group-limited routing: whole groups with each other, and experts inside their group.
+        objective: what to minimise.
     """
 
     sets: npt.NDArray[np.int32]
-    weights: npt.NDArray[np.int64]
+    folds: npt.NDArray[np.int64]
+    weights: npt.NDArray[np.float64]
     num_experts: int
-    num_ranks: int
+    topology: Topology
     load_cap: float
+    num_redundant: int = 0
+    num_groups: int = 1
+    objective: Objective = Objective(ingress=1.0)
 
     @classmethod
     def from_ids(
-        cls, ids_TK: npt.NDArray[np.unsignedinteger], num_experts: int, num_ranks: int, load_cap: float
+        cls,
+        ids_TK: npt.NDArray[np.unsignedinteger],
+        num_experts: int,
+        topology: Topology,
+        load_cap: float,
+        *,
+        folds_T: npt.NDArray[np.int64] | None = None,
+        weights_T: npt.NDArray[np.float64] | None = None,
     ) -> LayerProblem:
-        """Merge tokens that picked the same experts."""
-        ordered = np.ascontiguousarray(np.sort(ids_TK, axis=1).astype(np.uint16).byteswap())
+        """Merge tokens of a fold that picked the same experts.
+
+        Args:
+            ids_TK: all-ones is no expert.
+            folds_T: fold of each token; one fold if None.
+            weights_T: what each token counts; 1 if None.
+        """
+        no_expert = np.iinfo(ids_TK.dtype).max
+        num_tokens = len(ids_TK)
+        folds_T = np.zeros(num_tokens, dtype=np.int64) if folds_T is None else folds_T
         # One opaque value a row (most significant byte first, so that the order is the numbers' own).
-        keys = ordered.view(np.dtype((np.void, ordered.dtype.itemsize * ordered.shape[1]))).ravel()
-        unique, weights = np.unique(keys, return_counts=True)
-        sets = unique.view(np.uint16).reshape(-1, ids_TK.shape[1]).byteswap().astype(np.int32)
-        return cls(sets, weights.astype(np.int64), num_experts, num_ranks, load_cap)
+        columns = np.column_stack([np.sort(ids_TK, axis=1), folds_T]).astype(np.uint16).byteswap()
+        keys = np.ascontiguousarray(columns).view(np.dtype((np.void, 2 * columns.shape[1]))).ravel()
+        unique, row_of_token = np.unique(keys, return_inverse=True)
+        rows = unique.view(np.uint16).reshape(-1, columns.shape[1]).byteswap()
+        sets, folds = rows[:, :-1].astype(np.int32), rows[:, -1].astype(np.int64)
+        sets[sets == no_expert] = -1
+        weights = np.bincount(row_of_token.ravel(), weights_T, minlength=len(rows)).astype(np.float64)
+        return cls(sets, folds, weights, num_experts, topology, load_cap)
+
+    def merged(self) -> LayerProblem:
+        """The same tokens in one fold."""
+        if not self.folds.any():
+            return self
+        sets, row = np.unique(self.sets, axis=0, return_inverse=True)
+        weights = np.bincount(row.ravel(), self.weights, minlength=len(sets))
+        return replace(self, sets=sets, folds=np.zeros(len(sets), dtype=np.int64), weights=weights)
+
+    @property
+    def num_ranks(self) -> int:
+        """R."""
+        return self.topology.num_ranks
 
     @property
     def slots_per_rank(self) -> int:
-        """Experts that each rank holds."""
-        return self.num_experts // self.num_ranks
+        """Positions on each rank."""
+        return self.topology.slots_per_rank
 
     @property
-    def expert_load(self) -> npt.NDArray[np.int64]:
-        """Tokens that picked each expert, int64 (E,)."""
+    def num_folds(self) -> int:
+        """F."""
+        return int(self.folds.max()) + 1
+
+    @cached_property
+    def total_weight(self) -> float:
+        """Tokens in all."""
+        return float(self.weights.sum())
+
+    @cached_property
+    def expert_load(self) -> npt.NDArray[np.float64]:
+        """Tokens that picked each expert, float64 (E,)."""
+        picked = self.sets.ravel() >= 0
         weights = np.repeat(self.weights, self.sets.shape[1])
-        # Sums of whole numbers below 2**53 are exact in the float64 that bincount adds in.
-        return np.bincount(self.sets.ravel(), weights, minlength=self.num_experts).astype(np.int64)
+        return np.bincount(self.sets.ravel()[picked], weights[picked], minlength=self.num_experts)
+
+    @cached_property
+    def coactivation(self) -> npt.NDArray[np.float64]:
+        """Tokens that picked both experts, float64 (E, E), symmetric with zero diagonal."""
+        out = np.zeros((self.num_experts, self.num_experts))
+        for first in range(self.sets.shape[1]):
+            for second in range(first + 1, self.sets.shape[1]):
+                both = self.sets[:, second] >= 0  # none stands at the end
+                np.add.at(out, (self.sets[both, first], self.sets[both, second]), self.weights[both])
+        return out + out.T
+
+
+def slots_of_ranks(rank_of_expert: npt.NDArray[np.int64], topology: Topology) -> Slots:
+    """Slots where each expert has one copy, on the given rank, int (E,): in file order, empty slots last."""
+    slots = np.full((topology.num_ranks, topology.slots_per_rank), EMPTY_SLOT, dtype=np.int64)
+    for rank in range(topology.num_ranks):
+        held = np.flatnonzero(rank_of_expert == rank)
+        slots[rank, : len(held)] = held
+    return slots.ravel()
 
 
 class Strategy(Protocol):
     """A way to place one layer."""
 
-    def __call__(self, problem: LayerProblem, rng: np.random.Generator) -> RankOfExpert:
-        """The rank of each expert, int64 (E,), `slots_per_rank` experts on each; the same seed gives the same plan."""
+    def __call__(self, problem: LayerProblem, rng: np.random.Generator) -> Slots:
+        """The expert in each slot; every expert has one at least, and no rank holds one twice.
+
+        The same seed gives the same plan.
+        """
         ...
