@@ -24,6 +24,9 @@ model: $(VENV)/installed  ## train the embedded model again, about an hour and a
 	$(BIN)/python -m profiler.zoo.train
 
 benchmarks: $(VENV)/installed  ## measure again what benchmarks/results holds
+	$(BIN)/python -m benchmarks.coactivation
+	$(BIN)/python -m benchmarks.recording
+	$(BIN)/python -m benchmarks.streaming
 	$(BIN)/python -m benchmarks.routing_structure
 	$(BIN)/python -m benchmarks.strategies
 

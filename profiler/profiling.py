@@ -103,7 +103,7 @@ def profile_model(
                 writer.checkpoint_if_due(position)
                 on_progress(position["tokens"], batches.num_tokens)
     except BaseException:
-        if not counting:  # what was counted ends with a whole batch
+        if position["batches"] and not counting:  # what was counted ends with a whole batch
             with contextlib.suppress(CoterieError):
                 writer.checkpoint(position)
         raise

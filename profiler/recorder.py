@@ -66,13 +66,17 @@ class Recorder:
             on_tokens: is given the tokens of each pass, which are then not kept in memory; None keeps them for `trace`.
 
         Raises:
-            CoterieError: the model has no MoE layers.
+            CoterieError: the model has no MoE layers, or is an encoder and a decoder.
         """
+        self._layers = find_moe_layers(model)
+        if {"encoder", "decoder"} <= {part for layer in self._layers for part in layer.name.split(".")}:
+            raise CoterieError(
+                f"{name}: its encoder and decoder see other tokens; record model.encoder or model.decoder"
+            )
         self.spec = read_spec(model, name)
         self.domain_id = 0
         self.next_sequence = 0
         self._model = model
-        self._layers = find_moe_layers(model)
         self._weights = weights
         self._handles: list[RemovableHandle] = []
         self._pass: _Pass | None = None
@@ -204,11 +208,10 @@ class Recorder:
             chosen.append(ids_TK)
             weights.append(weights_TK)
         device = chosen[-1].device
-        wide_LTK = torch.stack([ids_TK.to(device) for ids_TK in chosen])
-        # One copy to the host: the checks of all layers, then the ids as narrow as they are stored.
-        checks = torch.stack(
-            [wide_LTK.amin((1, 2)), wide_LTK.amax((1, 2)), torch.stack([fault.to(device) for fault in faults]).long()]
-        ).tolist()
+        # Two copies to the host for all layers: waiting for an accelerator costs more than the bytes.
+        wide_LTK = torch.stack([ids_TK.to(device, torch.int32) for ids_TK in chosen]).cpu().numpy()
+        not_finite_L = torch.stack([fault.to(device) for fault in faults]).tolist()
+        checks = (wide_LTK.min((1, 2)).tolist(), wide_LTK.max((1, 2)).tolist(), not_finite_L)
         for layer, low, high, not_finite in zip(self._layers, *checks, strict=True):
             if not_finite:
                 raise CoterieError(
@@ -220,9 +223,8 @@ class Recorder:
                     f"{layer.name}: announced expert {high if high >= self.spec.num_experts else low}, "
                     f"must be below {self.spec.num_experts}"
                 )
-        dtype = ids_dtype(self.spec.num_experts)
-        narrow = torch.uint8 if dtype is np.uint8 else torch.int16  # -1 becomes all ones in both
-        ids_LTK: npt.NDArray[np.unsignedinteger] = wide_LTK.to(narrow).cpu().numpy().view(dtype)
+        # -1 becomes all ones.
+        ids_LTK: npt.NDArray[np.unsignedinteger] = wide_LTK.astype(ids_dtype(self.spec.num_experts))
         if not self._weights:
             return ids_LTK, None
         missing = [

@@ -23,7 +23,7 @@ class MoESpec:
         num_experts: E, logical experts in each MoE layer.
         top_k: K, experts that a token picks in each layer.
         num_groups: groups that group-limited routing chooses from; 1 where there is none.
-        hidden_size: values in one token's hidden state; 0 where not known.
+        hidden_size: values that an expert takes in; 0 where not known.
         expert_size: intermediate width of one expert; 0 where not known.
         dtype: of the weights as recorded, such as `bfloat16`.
     """

@@ -5,6 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 from conftest import make_spec, make_trace, random_ids, tiny_model
 
@@ -172,5 +173,68 @@ def test_help_is_quick_to_import():
 
 
 def test_every_command_shows_an_example():
-    for command in cli.app.registered_commands:
-        assert f"Example: coterie {command.callback.__name__}" in command.callback.__doc__
+    named = {command.callback.__name__: command for command in cli.app.registered_commands}
+    for group in cli.app.registered_groups:
+        for command in group.typer_instance.registered_commands:
+            named[f"{group.name} {command.name or command.callback.__name__}"] = command
+    named["profile"] = named.pop("profile record")
+    assert set(named) >= {
+        "profile",
+        "profile merge",
+        "profile split",
+        "import numpy",
+        "plan",
+        "bench",
+        "report",
+        "demo",
+    }
+    for name, command in named.items():
+        assert f"Example: coterie {name} " in command.callback.__doc__
+
+
+def test_profiles_are_split_and_merged(monkeypatch, capsys, bad):
+    folder = bad / "parts"
+    assert run(monkeypatch, "profile", "split", bad / "ok.profile", "--by", "domain", "-o", folder) == 0
+    parts = sorted(folder.iterdir())
+    assert [part.name for part in parts] == ["a.profile", "b.profile"]
+    assert "30" in capsys.readouterr().out
+    assert run(monkeypatch, "profile", "merge", *parts, "-o", bad / "merged.profile", "--json") == 0
+    merged = json.loads(capsys.readouterr().out)
+    assert (merged["num_tokens"], merged["num_traced_tokens"]) == (60, 60)
+    original, again = (Profile.load_from(bad / name).counts for name in ("ok.profile", "merged.profile"))
+    assert all((array == again.arrays()[name]).all() for name, array in original.arrays().items())
+
+
+def test_a_profile_is_resumed(monkeypatch, capsys, tmp_path):
+    """Stopped by the keyboard at the third batch, then gone on with: what an undisturbed run gives."""
+    from profiler import recorder
+
+    arguments = ["profile", "--data", zoo.HELD_OUT, "--max-tokens", 900, "--sequence-length", 50, "--batch-size", 4]
+    arguments += ["--decode-tokens", 3, "--max-traced-tokens", 500, "--weights", "--seed", 5]
+    assert run(monkeypatch, *arguments, "-o", tmp_path / "whole") == 0
+    after_forward, passes = recorder.Recorder._after_forward, iter(range(1000))
+
+    def interrupt(*arguments):
+        if next(passes) == 10:
+            raise KeyboardInterrupt
+        after_forward(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(recorder.Recorder, "_after_forward", interrupt)
+        assert run(monkeypatch, *arguments, "-o", tmp_path / "cut") == 130
+    assert "--resume" in capsys.readouterr().err
+    assert run(monkeypatch, *arguments, "-o", tmp_path / "cut") == 1
+    assert "unfinished recording" in capsys.readouterr().err
+    assert run(monkeypatch, *arguments, "-o", tmp_path / "cut", "--resume") == 0
+    whole, resumed = (Profile.load_from(tmp_path / name) for name in ("whole", "cut"))
+    assert whole.digest == resumed.digest
+    assert whole.tokens.num_tokens == 500
+    assert whole.tokens.topk_weights is not None
+    assert set(whole.split_by_phase()) == {"prefill", "decode"}
+
+
+def test_arrays_are_imported(monkeypatch, capsys, tmp_path):
+    np.savez(tmp_path / "routing.npz", topk_ids=random_ids(0, 2, 40, 8, 2).transpose(1, 0, 2))
+    assert run(monkeypatch, "import", "numpy", tmp_path / "routing.npz", "-o", tmp_path / "out", "--json") == 0
+    assert json.loads(capsys.readouterr().out)["num_tokens"] == 40
+    assert run(monkeypatch, "import", "numpy", tmp_path / "nothing.npz", "-o", tmp_path / "out") == 1

@@ -129,3 +129,86 @@ def test_dense_models_are_refused_by_name():
     )
     with pytest.raises(CoterieError, match="LlamaForCausalLM has no MoE layers.*LlamaDecoderLayer"):
         Recorder(AutoModelForCausalLM.from_config(config))
+
+
+def test_weights_are_those_that_the_experts_apply():
+    model = tiny_model("qwen3_moe")
+    seen = []
+    for layer in find_moe_layers(model):
+        layer.experts.register_forward_pre_hook(lambda _module, args: seen.append(args[2]))
+    with torch.no_grad(), Recorder(model, weights=True) as recorder:
+        model(input_ids=torch.randint(3, 64, (2, 8)))
+    expected = torch.stack(seen).to(torch.float16).numpy()
+    assert (recorder.trace().topk_weights == expected).all()
+
+
+def test_weights_that_a_family_does_not_announce_are_asked_for_in_vain():
+    model = tiny_model("llama4_text")
+    with torch.no_grad(), Recorder(model, weights=True), pytest.raises(CoterieError, match="does not announce"):
+        model(input_ids=torch.randint(3, 64, (1, 4)))
+
+
+def test_tokens_go_where_they_are_sent():
+    model, passes = tiny_model("olmoe"), []
+    with torch.no_grad(), Recorder(model, on_tokens=passes.append) as recorder:
+        for _ in range(3):
+            model(input_ids=torch.randint(3, 64, (2, 4)))
+    assert [trace.num_tokens for trace in passes] == [8, 8, 8]
+    with pytest.raises(CoterieError, match="no token was recorded"):
+        recorder.trace()
+
+
+def test_warm_up_is_left_out():
+    model = tiny_model("olmoe")
+    with torch.no_grad(), Recorder(model) as recorder:
+        with recorder.paused():
+            model(input_ids=torch.zeros(4, 16, dtype=torch.long))
+        model(input_ids=torch.randint(3, 64, (1, 5)))
+    assert recorder.trace().num_tokens == 5
+    assert set(recorder.trace().sequence_ids.tolist()) == {0}
+
+
+def test_rows_that_have_ended_are_left_out():
+    """`generate` goes on feeding a row after its end while others are not done."""
+    model = tiny_model("olmoe")
+    prompt = torch.tensor([[5, 6, 7], [8, 9, 10]])
+    with torch.no_grad():
+        first = model(input_ids=prompt[:1]).logits[0, -1].argmax()
+    model.generation_config.eos_token_id = int(first)
+    model.generation_config.pad_token_id = int(first)
+    with Recorder(model) as recorder:
+        out = model.generate(prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=6)
+    assert (out[0, 3:] == first).all()
+    assert (out[1, 3:5] != first).all(), "the second row must go on for the test to mean something"
+    trace = recorder.trace()
+    decoded = trace.sequence_ids[trace.phase == DECODE]
+    assert 0 not in decoded
+    assert 1 in decoded
+
+
+def test_a_router_that_gives_no_numbers_is_named():
+    model = tiny_model("mixtral")
+    with torch.no_grad():
+        model.model.layers[1].mlp.gate.weight.fill_(float("nan"))
+    recorder = Recorder(model)
+    with torch.no_grad(), recorder, pytest.raises(CoterieError, match=r"layers\.1\..*no finite numbers"):
+        model(input_ids=torch.randint(3, 64, (1, 4)))
+    with pytest.raises(CoterieError, match="no token was recorded"):
+        recorder.trace()
+
+
+def test_a_layer_that_never_runs_is_named():
+    model = tiny_model("olmoe")
+    model.model.layers[1].forward = lambda hidden_states, **_: hidden_states
+    message = r"layers\.1\..*announced nothing, expected top-2 of 4 tokens"
+    with torch.no_grad(), Recorder(model), pytest.raises(CoterieError, match=message):
+        model(input_ids=torch.randint(3, 64, (1, 4)))
+
+
+def test_an_encoder_and_a_decoder_are_recorded_apart():
+    model = tiny_model("switch_transformers")
+    with pytest.raises(CoterieError, match="record model.encoder or model.decoder"):
+        Recorder(model)
+    with torch.no_grad(), Recorder(model.encoder) as recorder:
+        model(input_ids=torch.randint(3, 64, (2, 6)), decoder_input_ids=torch.randint(3, 64, (2, 3)))
+    assert recorder.trace().num_tokens == 12
