@@ -2,16 +2,28 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from enum import StrEnum
 from typing import Any
 
+import numba
 import numpy as np
 import numpy.typing as npt
 
+from placement.choice import choose, nearest_ranks, ranks_of_experts
 from placement.placement_map import PlacementMap
 from profiler.trace import TokenTrace
 
 FloatsL = npt.NDArray[np.float64]
+FloatsLR = npt.NDArray[np.float64]
+
+
+class Choice(StrEnum):
+    """Who chooses among the copies of an expert; see `choice.py`."""
+
+    TOKEN = "token"
+    SOURCE = "source"
 
 
 @dataclass(frozen=True)
@@ -21,20 +33,36 @@ class Metrics:
     Attributes:
         fan_out: float64 (L,), mean over tokens of the distinct ranks that serve a token.
         ingress: float64 (L, R), share of all tokens with at least one expert on the rank.
-        load: int64 (L, R), (token, expert) pairs served by the rank.
+        load: float64 (L, R), (token, expert) pairs served by the rank.
         intra_share: float64 (L,), co-activated pairs on one rank / all of them; NaN for top-1 models, which have none.
+        node_fan_out: float64 (L,), mean over tokens of the distinct nodes that serve a token.
+        node_ingress: float64 (L, N), share of all tokens with at least one expert on the node.
     """
 
     fan_out: FloatsL
-    ingress: npt.NDArray[np.float64]
-    load: npt.NDArray[np.int64]
+    ingress: FloatsLR
+    load: FloatsLR
     intra_share: FloatsL
+    node_fan_out: FloatsL
+    node_ingress: FloatsLR
 
     @property
     def busiest_ingress(self) -> FloatsL:
         """float64 (L,), the largest ingress of a rank."""
         busiest: FloatsL = self.ingress.max(axis=1)
         return busiest
+
+    @property
+    def busiest_node_ingress(self) -> FloatsL:
+        """float64 (L,), the largest ingress of a node."""
+        busiest: FloatsL = self.node_ingress.max(axis=1)
+        return busiest
+
+    @property
+    def load_share(self) -> FloatsLR:
+        """float64 (L, R), share of all (token, expert) pairs that the rank serves."""
+        share: FloatsLR = self.load / self.load.sum(axis=1, keepdims=True)
+        return share
 
     @property
     def imbalance_ratio(self) -> FloatsL:
@@ -44,45 +72,88 @@ class Metrics:
 
     def summary(self) -> dict[str, dict[str, float | None]]:
         """For each metric its mean over layers and its worst layer; None where it is not defined."""
-        worst = {"fan_out": np.max, "busiest_ingress": np.max, "imbalance_ratio": np.max, "intra_share": np.min}
-        return {
-            name: {"mean": _finite(np.mean(getattr(self, name))), "worst": _finite(pick(getattr(self, name)))}
-            for name, pick in worst.items()
-        }
+        return {name: summarise(getattr(self, name), np.min if name == "intra_share" else np.max) for name in SUMMARISED}
+
+
+SUMMARISED = ("fan_out", "busiest_ingress", "imbalance_ratio", "intra_share", "node_fan_out", "busiest_node_ingress")
+
+
+def summarise(values_L: FloatsL, worst: Any = np.max) -> dict[str, float | None]:
+    """Mean over layers and the worst layer; None where they are not defined."""
+    return {"mean": _finite(np.mean(values_L)), "worst": _finite(worst(values_L))}
 
 
 def _finite(value: Any) -> float | None:
     return float(value) if np.isfinite(value) else None
 
 
-def evaluate(placement: PlacementMap, tokens: TokenTrace) -> Metrics:
+def evaluate(placement: PlacementMap, tokens: TokenTrace, choice: Choice = Choice.TOKEN) -> Metrics:
     """Measure a map on token sets.
 
-    Raises:
-        CoterieError: the map holds redundant experts.
+    Args:
+        choice: who chooses among the copies of an expert.  Under `SOURCE` each token counts as coming from every rank
+            equally.
     """
-    num_ranks = placement.topology.num_ranks
-    num_layers = len(tokens.topk_ids)
-    fan_out, intra_share = np.empty(num_layers), np.empty(num_layers)
-    ingress, load = np.empty((num_layers, num_ranks)), np.empty((num_layers, num_ranks), dtype=np.int64)
-    picks_LT = tokens.picked.sum(axis=2)
-    num_pairs_L = (picks_LT * (picks_LT - 1) // 2).sum(axis=1)
-    for layer, (ids_TK, rank_of_expert) in enumerate(zip(tokens.topk_ids, placement.rank_of_expert, strict=True)):
-        # A pick of no expert is served on one rank past the last, which is then left out.
-        rank_of_pick = np.append(rank_of_expert, num_ranks)[np.minimum(ids_TK, len(rank_of_expert))]
-        served_TR = _served(rank_of_pick, num_ranks + 1)[:, :num_ranks]
-        ingress[layer] = (served_TR > 0).mean(axis=0)
-        load[layer] = served_TR.sum(axis=0, dtype=np.int64)
-        fan_out[layer] = ingress[layer].sum()
-        intra_pairs = (served_TR * (served_TR - 1) // 2).sum(dtype=np.int64)
-        intra_share[layer] = intra_pairs / num_pairs_L[layer] if num_pairs_L[layer] else np.nan
-    return Metrics(fan_out, ingress, load, intra_share)
+    topology, num_experts = placement.topology, placement.model.num_experts
+    no_expert = np.iinfo(tokens.topk_ids.dtype).max
+    layers: list[Mapping[str, Any]] = []
+    for ids_TK, slots_P in zip(tokens.topk_ids, placement.physical_to_logical_map, strict=True):
+        ranks_EX = ranks_of_experts(slots_P, num_experts, topology.slots_per_rank)
+        if choice is Choice.SOURCE and ranks_EX.shape[1] > 1:
+            per_source = nearest_ranks(ranks_EX, topology)[:, :, None]
+        else:
+            per_source = ranks_EX[None]
+        sums = [
+            _walk(ids_TK, no_expert, np.ascontiguousarray(ranks), topology.num_nodes, topology.ranks_per_node)
+            for ranks in per_source
+        ]
+        reached, load, node_reached, intra, pairs = (np.mean(parts, axis=0) for parts in zip(*sums, strict=True))
+        layers.append(
+            {
+                "fan_out": reached.sum() / len(ids_TK),
+                "ingress": reached / len(ids_TK),
+                "load": load,
+                "intra_share": intra / pairs if pairs else np.nan,
+                "node_fan_out": node_reached.sum() / len(ids_TK),
+                "node_ingress": node_reached / len(ids_TK),
+            }
+        )
+    return Metrics(**{name: np.array([layer[name] for layer in layers]) for name in layers[0]})
 
 
-def _served(ranks_TK: npt.NDArray[np.int64], num_ranks: int) -> npt.NDArray[np.int16]:
-    """How many of its experts each token finds on each rank, int16 (T, R)."""
-    out = np.zeros((len(ranks_TK), num_ranks), dtype=np.int16)
-    rows = np.arange(len(ranks_TK))
-    for column in ranks_TK.T:
-        out[rows, column] += 1  # one expert of each token at a time, so no index repeats
-    return out
+@numba.njit(cache=True, nogil=True)
+def _walk(
+    ids_TK: npt.NDArray[np.unsignedinteger],
+    no_expert: int,
+    ranks_EX: npt.NDArray[np.int64],
+    num_nodes: int,
+    ranks_per_node: int,
+) -> tuple[
+    npt.NDArray[np.float64], npt.NDArray[np.float64], npt.NDArray[np.float64], float, float
+]:
+    """Tokens that reach each rank, pairs that each serves, tokens that reach each node, intra pairs, all pairs."""
+    num_tokens, top_k = ids_TK.shape
+    num_ranks = num_nodes * ranks_per_node
+    reached, load, node_reached = np.zeros(num_ranks), np.zeros(num_ranks), np.zeros(num_nodes)
+    served, node_served = np.zeros(num_ranks, np.int64), np.zeros(num_nodes, np.int64)
+    experts, chosen = np.empty(top_k, np.int64), np.empty(top_k, np.int64)
+    intra, pairs = 0.0, 0.0
+    for token in range(num_tokens):
+        picks = 0
+        for k in range(top_k):
+            expert = np.int64(ids_TK[token, k])
+            experts[k] = -1 if expert == no_expert else expert
+            picks += expert != no_expert
+        pairs += picks * (picks - 1) / 2
+        choose(experts, ranks_EX, ranks_per_node, load, served, node_served, chosen)
+        for rank in chosen:
+            if rank >= 0:
+                load[rank] += 1
+                if served[rank]:
+                    reached[rank] += 1
+                    intra += served[rank] * (served[rank] - 1) / 2
+                    served[rank] = 0
+                if node_served[rank // ranks_per_node]:
+                    node_reached[rank // ranks_per_node] += 1
+                    node_served[rank // ranks_per_node] = 0
+    return reached, load, node_reached, intra, pairs

@@ -52,8 +52,8 @@ def write_text(path: Path, text: str) -> None:
     write_bytes(path, text.encode("utf-8"))
 
 
-def write_bytes(path: Path, data: bytes) -> None:
-    """Write one file, renamed into place when it is complete and on the disk.
+def write_bytes(path: Path, *parts: bytes) -> None:
+    """Write one file from its parts, renamed into place when it is complete and on the disk.
 
     Raises:
         CoterieError: the file cannot be written.
@@ -62,7 +62,7 @@ def write_bytes(path: Path, data: bytes) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with temporary.open("wb") as file:
-            file.write(data)
+            file.writelines(parts)
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)

@@ -72,18 +72,18 @@ class Reservoir:
             self._places.append(places[keep])
             self._traces.append(trace.where(keep))
             self._held += int(keep.sum())
-        if self._held > 2 * self.capacity + TOKENS_PER_SHARD:
+        if self._held > self.capacity * 5 // 4 + TOKENS_PER_SHARD:
             self._shrink()
 
     def trace(self) -> TokenTrace | None:
         """The sample in the order of the stream; None if there was no token."""
         self._shrink()
-        return self._traces[0] if self._traces else None
+        return TokenTrace.concatenate(self._traces) if self._traces else None
 
     def state(self) -> Arrays:
         """The arrays to go on from."""
         trace = self.trace()
-        return {} if trace is None else {"places": self._places[0], **trace.arrays()}
+        return {} if trace is None else {"places": np.concatenate(self._places), **trace.arrays()}
 
     def restore(self, seen: int, state: Mapping[str, npt.NDArray[Any]]) -> None:
         """Go on from what `state` gave after `seen` tokens."""
@@ -96,15 +96,15 @@ class Reservoir:
             self._shrink()
 
     def _shrink(self) -> None:
-        if not self._traces:
+        if self._held <= self.capacity:
             return
-        places, trace = np.concatenate(self._places), TokenTrace.concatenate(self._traces)
-        if len(places) > self.capacity:
-            numbers = self._numbers(places)
-            self._limit = np.partition(numbers, self.capacity - 1)[self.capacity - 1]
-            keep = numbers <= self._limit
-            places, trace = places[keep], trace.where(keep)
-        self._places, self._traces, self._held = [places], [trace], len(places)
+        numbers = np.concatenate([self._numbers(places) for places in self._places])
+        self._limit = np.partition(numbers, self.capacity - 1)[self.capacity - 1]
+        # Part by part: all together a second time would double the memory.
+        for part, places in enumerate(self._places):
+            keep = self._numbers(places) <= self._limit
+            self._places[part], self._traces[part] = places[keep], self._traces[part].where(keep)
+        self._held = self.capacity
 
     def _numbers(self, places: npt.NDArray[np.int64]) -> npt.NDArray[np.uint64]:
         """SplitMix64 (Steele, Lea and Flood, 2014): distinct places get distinct numbers."""
@@ -235,7 +235,7 @@ class ProfileWriter:
         }
         arrays["note"] = np.frombuffer(json.dumps(note).encode(), dtype=np.uint8)
         data = to_safetensors(arrays)
-        write_bytes(self._unfinished / CHECKPOINT, hashlib.sha256(data).digest() + data)
+        write_bytes(self._unfinished / CHECKPOINT, hashlib.sha256(data).digest(), data)
         self._checkpointed_at = time.monotonic()
         self._pause = max(CHECKPOINT_SECONDS, (self._checkpointed_at - started) / CHECKPOINT_SHARE)
 
