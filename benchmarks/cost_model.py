@@ -1,10 +1,10 @@
-"""How far off is the predicted time? Fits the constants of `PRESETS` on half of measured times, checks them on the rest.
+"""How far off is the predicted time? Fits the constants of `PRESETS` on some measured times, checks them on the rest.
 
 The measurements (aiconfigurator's collection for H100 and A100) are not part of the project: `COTERIE_HARDWARE` names
 the folder with them. How they were taken decides what a row means:
 
-- DeepEP routes uniformly random scores, over the 4 best nodes where there are more. Several nodes were timed as kernels,
-  the handshake of ranks ("notify") apart; one node as a whole call. So transmit and notify are added.
+- DeepEP's benchmark routes uniformly random scores, over the 4 best nodes where there are more. On several nodes it
+  timed kernels, the handshake of ranks ("notify") apart, on one node whole calls: so transmit and notify are added.
 - The expert rows time the first of so many expert-parallel ranks that all see all tokens: products of its own experts'
   rows, but activations of every row. Skewed loads are drawn from a truncated power law; the rank with most is first.
 
@@ -210,9 +210,7 @@ def experts(activations: bool = True) -> Measured:
     }
     slices[f"hidden size {UNFITTED_HIDDEN_SIZE}, equal load, never fitted"] = even & (hidden == UNFITTED_HIDDEN_SIZE)
     if not activations:
-        slices = {
-            name: rows for name, rows in slices.items() if name.split()[-3] in ("rank,", "ranks,") and "equal" in name
-        }
+        slices = {name: rows for name, rows in slices.items() if "rank" in name and "equal" in name}
     name = "experts" if activations else "experts, no activations"
     return Measured(name, table.latency.to_numpy()[None] * 1e-3, predict, fitted, slices)
 
@@ -288,8 +286,13 @@ def main() -> None:
             fitted = fit(measured, links, names)
             constants.append(f"{measured.name}: " + ", ".join(f"{name} {getattr(fitted, name):.4g}" for name in names))
     # Simpler or other shapes, with constants of their own.
-    for other, usual in ((exchanges("normal", added=True), "DeepEP normal"), (experts(activations=False), "experts")):
-        rows += other.errors(fit(other, PRESETS["h100"], FITTED[usual]))
+    others = (
+        (exchanges("normal", added=True), EXCHANGE),
+        (exchanges("ll", added=True), EXCHANGE),
+        (experts(activations=False), FITTED["experts"]),
+    )
+    for other, names in others:
+        rows += other.errors(fit(other, PRESETS["h100"], names))
     write(
         "cost_model",
         "Predicted against measured times",
