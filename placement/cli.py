@@ -6,11 +6,12 @@ Progress and notes go to stderr, a table to stdout.  Heavy libraries are importe
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 import json
 import re
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from enum import StrEnum
 from pathlib import Path
@@ -49,7 +50,7 @@ Data = Annotated[
     ),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
-Ranks = Annotated[int, typer.Option(help="Ranks of the expert-parallel group; must divide the experts.")]
+Ranks = Annotated[int, typer.Option(help="Ranks of the expert-parallel group.")]
 
 
 class _ProfileGroup(TyperGroup):
@@ -258,34 +259,120 @@ def _show_profile(stored: StoredProfile, as_json: bool, how: str) -> None:
     notes.print(f"wrote {stored.folder}: {stored.num_tokens:,} tokens, {how}")
 
 
+class Goal(StrEnum):
+    """What a plan is for."""
+
+    TIME = "time"
+    FAN_OUT = "fan-out"
+    BALANCE = "balance"
+    COLLABORATION = "collaboration"
+
+
+class Dispatch(StrEnum):
+    """How often an engine sends a token."""
+
+    PER_RANK = "per-rank"
+    PER_EXPERT = "per-expert"
+
+
+class CopyChoice(StrEnum):
+    """Who chooses among the copies of an expert."""
+
+    TOKEN = "token"  # noqa: S105 (tokens of text)
+    SOURCE = "source"
+
+
+Nodes = Annotated[int, typer.Option(help="Hosts that the ranks are spread over.")]
+LinksName = Annotated[
+    str | None,
+    typer.Option("--links", help="Cluster to predict times for: h100, h100-low-latency, h800, a100 or ethernet."),
+]
+TokensPerRank = Annotated[int, typer.Option(help="Tokens that start on each rank, to predict times for.")]
+DispatchMode = Annotated[
+    Dispatch,
+    typer.Option(help="A token is sent once to each rank that serves it, or once for each expert."),
+]
+
+
 @app.command()
 def plan(
     run: Annotated[Path, typer.Argument(help="Profile folder to plan with.")],
-    ranks: Ranks,
+    ranks: Annotated[int, typer.Option(help="Ranks of the expert-parallel group.")],
     out: Annotated[Path, typer.Option("-o", "--out", help="Placement map to write.")] = Path("plan.json"),
-    nodes: Annotated[int, typer.Option(help="Hosts that the ranks are spread over.")] = 1,
-    strategy: Annotated[str, typer.Option(help="Whose plan to write: linear, random, load or search.")] = "search",
+    nodes: Nodes = 1,
+    redundant_experts: Annotated[int, typer.Option(help="Copies beyond one of each expert, over all ranks.")] = 0,
+    objective: Annotated[Goal, typer.Option(help="What to minimise, or collaboration on one rank to maximise.")] = (
+        Goal.TIME
+    ),
+    links: LinksName = None,
+    tokens_per_rank: TokensPerRank = 4096,
+    dispatch: DispatchMode = Dispatch.PER_RANK,
+    strategy: Annotated[
+        str,
+        typer.Option(
+            help="Whose plan to write: linear, random, load, occult, metis, spectral, quadratic, hypergraph or search."
+        ),
+    ] = "search",
+    compare: Annotated[bool, typer.Option("--compare", help="Show the figures of all strategies.")] = False,
     held_out: Annotated[
         Path | None, typer.Option(help="Profile to measure on; half of RUN's sequences if left out.")
     ] = None,
-    load_cap: Annotated[float, typer.Option(help="Largest load of a rank that is wanted, over the mean.")] = 1.1,
+    load_cap: Annotated[
+        float | None,
+        typer.Option(help="Largest load of a rank that is wanted, over the mean; 1.1 or as near as can be."),
+    ] = None,
+    domain_weight: Annotated[
+        list[str] | None, typer.Option(help="Such as code=2: plan for a mixture of domains; others count 0.")
+    ] = None,
+    robust: Annotated[bool, typer.Option("--robust", help="Plan for the domain that the plan is worst for.")] = False,
+    regret: Annotated[
+        bool, typer.Option("--regret", help="Show for each domain what a plan of its own would have bought.")
+    ] = False,
+    preserve_groups: Annotated[
+        bool, typer.Option("--preserve-groups", help="Keep the groups of group-limited routers together.")
+    ] = False,
+    kicks: Annotated[int, typer.Option(help="Rounds of the search; more take longer and find more.")] = 60,
+    time_budget: Annotated[float | None, typer.Option(help="Seconds after which the search takes what it has.")] = None,
     seed: Annotated[int, typer.Option(help="The same seed gives the same plan.")] = 0,
     as_json: Json = False,
 ) -> None:
     """Place the experts on ranks and compare strategies on sequences that they have not seen.
 
-    Example: coterie plan run.profile --ranks 4 -o plan.json
+    Example: coterie plan run.profile --ranks 8 --links h100 -o plan.json
     """
-    from placement.compare import plan_and_compare
-    from placement.solvers import STRATEGIES
-    from placement.topology import Topology
+    from placement.compare import domain_regret, plan_and_compare, verdict
+    from placement.solvers import ALWAYS_COMPARED, STRATEGIES, Options
+    from placement.timing import Workload
+    from placement.topology import Links, Topology
     from profiler.profile import Profile
 
     require_writable(out)
+    options = Options(
+        objective=objective.value,
+        workload=Workload(tokens_per_rank, dispatch.value),
+        load_cap=load_cap,
+        num_redundant=redundant_experts,
+        seed=seed,
+        num_kicks=kicks,
+        time_budget=time_budget,
+        domain_weights=_domain_weights(domain_weight) if domain_weight else None,
+        worst_domain=robust,
+        preserve_groups=preserve_groups,
+    )
     recorded = Profile.load_from(run)
     unseen = Profile.load_from(held_out) if held_out else None
-    topology = Topology.for_experts(recorded.model.num_experts, ranks, nodes)
-    total = recorded.model.num_layers * len(STRATEGIES)
+    known_links = Links.preset(links) if links else None
+    topology = Topology.for_experts(recorded.model.num_experts, ranks, nodes, redundant_experts, known_links)
+    if known_links and not (recorded.model.hidden_size and recorded.model.expert_size):
+        raise CoterieError(
+            f"--links {links}: the profile does not know the sizes of the model, which times need; import it with "
+            "--hidden-size and --expert-size"
+        )
+    compared = list(STRATEGIES if compare else ALWAYS_COMPARED)
+    if compare and not _has_hypergraph():
+        compared.remove("hypergraph")
+        notes.print("hypergraph is left out, it needs: pip install 'coterie\\[hypergraph]'")
+    total = recorded.model.num_layers * len({*compared, strategy})
     with progress_bar("layers") as advance_to:
         done = iter(range(1, total + 1))
         advance_to(0, total)
@@ -293,17 +380,107 @@ def plan(
             recorded,
             topology,
             strategy,
+            options,
+            strategies=compared,
             held_out=unseen,
-            load_cap=load_cap,
-            seed=seed,
             on_layer=lambda: advance_to(next(done), total),
         )
     placement.save(out)
+    assert placement.metrics is not None
+    regrets = None
+    if regret:
+        with progress_bar("layers") as advance_to:
+            total = recorded.model.num_layers * len(recorded.domains)
+            done = iter(range(1, total + 1))
+            regrets = domain_regret(recorded, placement, options, unseen, lambda: advance_to(next(done), total))
+    sentences = verdict(placement.metrics, strategy)
     if as_json:
-        print_json({"plan": str(out), "strategy": strategy, "metrics": placement.metrics})
+        value = {"plan": str(out), "strategy": strategy, "metrics": placement.metrics, "verdict": sentences}
+        print_json(value if regrets is None else {**value, "regret": regrets})
     else:
         tables.print(plan_table(placement))
+        if regrets is not None:
+            tables.print(regret_table(regrets))
+    for sentence in sentences:
+        notes.print(f"[bold]{sentence}[/]")
     notes.print(f"wrote {out}: the plan of “{strategy}” for {ranks} ranks")
+
+
+def _domain_weights(pairs: list[str]) -> dict[str, float]:
+    out = {}
+    for pair in pairs:
+        name, found, weight = pair.rpartition("=")
+        try:
+            out[name] = float(weight)
+        except ValueError:
+            found = ""
+        if not found or not name:
+            raise CoterieError(f"--domain-weight {pair}: must be a domain and a number, such as code=2")
+    return out
+
+
+def _has_hypergraph() -> bool:
+    return importlib.util.find_spec("mtkahypar") is not None
+
+
+@app.command()
+def evaluate(
+    map_file: Annotated[Path, typer.Argument(metavar="MAP", help="Placement map, SGLang JSON, or EPLB tensor.")],
+    run: Annotated[Path, typer.Argument(help="Profile folder to measure on; all of its sequences count.")],
+    ranks: Annotated[int | None, typer.Option(help="Ranks, for maps that do not say.")] = None,
+    nodes: Annotated[int | None, typer.Option(help="Hosts, for maps that do not say.")] = None,
+    links: LinksName = None,
+    tokens_per_rank: TokensPerRank = 4096,
+    dispatch: DispatchMode = Dispatch.PER_RANK,
+    choice: Annotated[
+        CopyChoice, typer.Option(help="Each token chooses among copies, or each source rank once and for all.")
+    ] = CopyChoice.TOKEN,
+    layers: Annotated[bool, typer.Option("--layers", help="Show every layer.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Measure any map on any profile of the same model, beside the linear placement.
+
+    Example: coterie evaluate plan.json other.profile --links h100
+    """
+    from dataclasses import replace
+
+    from placement.compare import measure
+    from placement.cost import evaluate as evaluate_map
+    from placement.foreign import read_any_map
+    from placement.placement_map import PlacementMap
+    from placement.timing import Workload
+    from placement.topology import Links, Topology
+    from profiler.profile import Profile
+
+    recorded = Profile.load_from(run)
+    placement = read_any_map(map_file, recorded.model, ranks, nodes)
+    placement.require_model(recorded.model)
+    model = replace(recorded.model, num_groups=placement.model.num_groups)
+    topology = replace(placement.topology, links=Links.preset(links)) if links else placement.topology
+    placement = replace(placement, model=model, topology=topology)
+    workload = Workload(tokens_per_rank, dispatch.value)
+    linear = PlacementMap.linear(
+        model, Topology.for_experts(model.num_experts, topology.num_ranks, topology.num_nodes, links=topology.links)
+    )
+    tokens = recorded.require_tokens()
+    figures = {
+        "linear": measure(linear, tokens, workload),
+        str(placement.solver["name"]): measure(placement, tokens, workload, choice.value),
+    }
+    by_layer = evaluate_map(placement, tokens, choice.value) if layers else None
+    if as_json:
+        value: dict[str, Any] = {"tokens": tokens.num_tokens, "metrics": figures}
+        if by_layer:
+            value["layers"] = {name: getattr(by_layer, name).tolist() for name in METRICS if name != "predicted_time"}
+        print_json(value)
+        return
+    tables.print(metrics_table(f"{model.name} on {topology.num_ranks} ranks, {tokens.num_tokens:,} tokens", figures))
+    if by_layer:
+        names = [name for name in METRICS if hasattr(by_layer, name)]
+        table = Table("layer", *(Column(name, justify="right") for name in names))
+        for index, layer_id in enumerate(model.layer_ids):
+            table.add_row(str(layer_id), *(f"{getattr(by_layer, name)[index]:.3f}" for name in names))
+        tables.print(table)
 
 
 @app.command()
@@ -420,26 +597,67 @@ def profile_table(stored: StoredProfile) -> Table:
     return table
 
 
+METRICS = {
+    "fan_out": 2,
+    "busiest_ingress": 3,
+    "imbalance_ratio": 2,
+    "intra_share": 3,
+    "node_fan_out": 2,
+    "busiest_node_ingress": 3,
+}
+"""Columns of tables, and their digits."""
+
+
 def plan_table(placement: PlacementMap) -> Table:
     """Held-out figures of all strategies; the chosen one stands out."""
     assert placement.metrics
     measured = next(iter(placement.metrics.values()))
-    table = Table(
-        title=f"{placement.model.name} on {placement.topology.num_ranks} ranks, held out: "
-        f"{measured['tokens_measured_on']:,} tokens (planned on {measured['tokens_planned_on']:,})",
-        caption="mean over layers (worst layer)",
-        title_justify="left",
+    title = (
+        f"{placement.model.name} on {placement.topology.num_ranks} ranks, held out: "
+        f"{measured['tokens_measured_on']:,} tokens (planned on {measured['tokens_planned_on']:,})"
     )
-    table.add_column("strategy")
-    columns = {"fan_out": 2, "busiest_ingress": 3, "imbalance_ratio": 2, "intra_share": 3}
+    figures = {name: measured["held_out"] for name, measured in placement.metrics.items()}
+    return metrics_table(title, figures, str(placement.solver["name"]), placement.topology.num_nodes > 1)
+
+
+def metrics_table(title: str, figures: Mapping[str, Any], chosen: str | None = None, nodes: bool = False) -> Table:
+    """A row for each map: mean over layers and the worst layer."""
+    table = Table(title=title, caption="mean over layers (worst layer)", title_justify="left", padding=(0, 0, 0, 1))
+    table.add_column("strategy", no_wrap=True)
+    columns = {name: digits for name, digits in METRICS.items() if nodes or "node" not in name}
     for column in columns:
-        table.add_column(column, justify="right")
-    for name, figures in placement.metrics.items():
+        table.add_column(column.replace("_", "\n", 1), justify="right")
+    timed = all("predicted_time" in measured for measured in figures.values())
+    if timed:
+        table.add_column("predicted\ntime, µs", justify="right")
+    for name, measured in figures.items():
         cells = []
         for column, digits in columns.items():
-            mean, worst = figures["held_out"][column]["mean"], figures["held_out"][column]["worst"]
+            mean, worst = measured[column]["mean"], measured[column]["worst"]
             cells.append("-" if mean is None else f"{mean:.{digits}f} ({worst:.{digits}f})")
-        table.add_row(name, *cells, style="bold" if name == placement.solver["name"] else None)
+        if timed:
+            cells.append(f"{measured['predicted_time']['mean'] * 1e6:,.0f}")
+        table.add_row(name, *cells, style="bold" if name == chosen else None)
+    return table
+
+
+def regret_table(regrets: Mapping[str, Mapping[str, float]]) -> Table:
+    """By domain, this plan beside one of the domain's own, on its unseen sequences."""
+    table = Table(
+        title="busiest_ingress / imbalance_ratio by domain, held out",
+        caption="regret: how much higher this plan's busiest_ingress is than that of the domain's own plan",
+        title_justify="left",
+    )
+    table.add_column("domain")
+    for column in ("this plan", "its own plan", "regret"):
+        table.add_column(column, justify="right")
+    for domain, row in regrets.items():
+        table.add_row(
+            domain,
+            f"{row['busiest_ingress']:.3f} / {row['imbalance_ratio']:.2f}",
+            f"{row['own_busiest_ingress']:.3f} / {row['own_imbalance_ratio']:.2f}",
+            f"{row['regret']:+.1%}",
+        )
     return table
 
 

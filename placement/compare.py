@@ -2,54 +2,153 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from typing import Any
 
-from placement.cost import evaluate
+import numpy as np
+
+from placement.cost import Choice, Metrics, evaluate, summarise
 from placement.placement_map import PlacementMap
-from placement.solvers import DEFAULT_LOAD_CAP, STRATEGIES, plan
+from placement.solvers import ALWAYS_COMPARED, Options, plan
+from placement.timing import LayerTime, Workload, predicted_time
 from placement.topology import Topology
 from profiler.errors import CoterieError
 from profiler.profile import Profile
+from profiler.trace import TokenTrace
+
+WORTH_IT_FROM = 0.03
+"""A plan that is not this much better than load-only on traffic it has not seen is not worth deploying."""
+
+LOSS_TO_WARN_OF = 0.05
 
 
 def plan_and_compare(
     profile: Profile,
     topology: Topology,
     strategy: str = "search",
+    options: Options | None = None,
     *,
+    strategies: Sequence[str] = ALWAYS_COMPARED,
     held_out: Profile | None = None,
-    load_cap: float = DEFAULT_LOAD_CAP,
-    seed: int = 0,
     on_layer: Callable[[], None] = lambda: None,
 ) -> PlacementMap:
     """The plan of one strategy, with `metrics` that compare all of them.
 
     Args:
+        strategies: whose figures to give; `strategy` is added to them.
         held_out: measure on this profile; where None, plan with the even sequences and measure on the odd ones.
         on_layer: called as each layer of each strategy is done.
 
     Raises:
         CoterieError: as `plan` does, or the two profiles are of different models.
     """
+    options = options or Options()
     source = profile.digest
+    profile, held_out = planned_and_unseen(profile, held_out)
+    metrics, maps = {}, {}
+    for name in dict.fromkeys([*strategies, strategy]):
+        maps[name] = plan(profile, topology, name, options, on_layer=on_layer)
+        metrics[name] = {
+            "train": measure(maps[name], profile.require_tokens(), options.workload),
+            "held_out": measure(maps[name], held_out.require_tokens(), options.workload),
+            "tokens_planned_on": profile.require_tokens().num_tokens,
+            "tokens_measured_on": held_out.require_tokens().num_tokens,
+        }
+    return replace(maps[strategy], metrics=metrics, profile_digest=source)
+
+
+def planned_and_unseen(profile: Profile, held_out: Profile | None) -> tuple[Profile, Profile]:
+    """What to plan with and what to measure on.
+
+    Raises:
+        CoterieError: the two are of different models, or one profile cannot be split.
+    """
     if held_out is None:
-        profile, held_out = profile.split_by_sequence()
-    elif not profile.model.routes_like(held_out.model):
+        return profile.split_by_sequence()
+    if not profile.model.routes_like(held_out.model):
         raise CoterieError(
             f"the profile is of {profile.model.describe()}, the held-out one of {held_out.model.describe()}; "
             "record both on one model"
         )
-    if strategy not in STRATEGIES:
-        raise CoterieError(f"strategy {strategy!r}: must be one of {', '.join(STRATEGIES)}")
-    train, unseen = profile.require_tokens(), held_out.require_tokens()
-    metrics, maps = {}, {}
-    for name in STRATEGIES:
-        maps[name] = plan(profile, topology, name, load_cap=load_cap, seed=seed, on_layer=on_layer)
-        metrics[name] = {
-            "train": evaluate(maps[name], train).summary(),
-            "held_out": evaluate(maps[name], unseen).summary(),
-            "tokens_planned_on": train.num_tokens,
-            "tokens_measured_on": unseen.num_tokens,
+    return profile, held_out
+
+
+def measure(
+    placement: PlacementMap, tokens: TokenTrace, workload: Workload, choice: Choice = "token"
+) -> dict[str, dict[str, float | None]]:
+    """All metrics over layers, and `predicted_time` in seconds where the links and the model's sizes are known."""
+    metrics = evaluate(placement, tokens, choice)
+    figures = metrics.summary()
+    time = time_of(placement, metrics, workload)
+    if time is not None:
+        figures["predicted_time"] = summarise(time.total)
+    return figures
+
+
+def time_of(placement: PlacementMap, metrics: Metrics, workload: Workload) -> LayerTime | None:
+    """The predicted time of each layer; None where the links or the model's sizes are not known."""
+    model, topology = placement.model, placement.topology
+    if topology.links is None or not (model.hidden_size and model.expert_size):
+        return None
+    # Pairs over tokens: what no expert takes is no load.
+    load_LR = metrics.load_share * model.top_k * metrics.picked_share[:, None]
+    return predicted_time(metrics.ingress, metrics.node_ingress, load_LR, model, topology, workload)
+
+
+def verdict(metrics: Mapping[str, Any], strategy: str) -> list[str]:
+    """What a person should know before deploying the plan, a sentence each; empty where all is well."""
+    mine = metrics[strategy]
+    sentences = []
+    if "load" in metrics and strategy != "load":
+        name = "predicted_time" if "predicted_time" in mine["held_out"] else "busiest_ingress"
+        own, other = (metrics[which]["held_out"][name]["mean"] for which in (strategy, "load"))
+        gain = 1 - own / other
+        if gain < WORTH_IT_FROM:
+            sentences.append(
+                f"not worth it: on unseen sequences the plan's {name} is {abs(gain):.1%} "
+                f"{'below' if gain >= 0 else 'above'} that of balancing the load only; the routing has too little "
+                "structure, or this hardware too little to gain from it"
+            )
+    train, unseen = (mine[part]["busiest_ingress"]["mean"] for part in ("train", "held_out"))
+    loss = unseen / train - 1
+    if loss > LOSS_TO_WARN_OF:
+        sentences.append(
+            f"planned on {mine['tokens_planned_on']:,} tokens, too few: busiest_ingress is {loss:.1%} higher on "
+            "sequences that the plan has not seen; record more text"
+        )
+    return sentences
+
+
+def domain_regret(
+    profile: Profile,
+    placement: PlacementMap,
+    options: Options,
+    held_out: Profile | None = None,
+    on_layer: Callable[[], None] = lambda: None,
+) -> dict[str, dict[str, float]]:
+    """For each domain: what this plan costs on its unseen sequences, and what a plan for the domain alone would.
+
+    Returns:
+        By domain `busiest_ingress` and `imbalance_ratio` of this plan, `own_busiest_ingress` and `own_imbalance_ratio`
+        of the domain's own, means over layers, and `regret`, the first over the third less 1.  Domains without
+        sequences in both halves are left out.
+    """
+    planned, unseen = planned_and_unseen(profile, held_out)
+    own_parts, unseen_parts = planned.split_by_domain(), unseen.split_by_domain()
+    out = {}
+    for domain in own_parts:
+        if domain not in unseen_parts:
+            continue
+        alone = replace(options, domain_weights=None, worst_domain=False)
+        own = plan(own_parts[domain], placement.topology, "search", alone, on_layer=on_layer)
+        tokens = unseen_parts[domain].require_tokens()
+        this, best = evaluate(placement, tokens), evaluate(own, tokens)
+        out[domain] = {
+            "busiest_ingress": float(np.mean(this.busiest_ingress)),
+            "imbalance_ratio": float(np.mean(this.imbalance_ratio)),
+            "own_busiest_ingress": float(np.mean(best.busiest_ingress)),
+            "own_imbalance_ratio": float(np.mean(best.imbalance_ratio)),
+            "regret": float(np.mean(this.busiest_ingress) / np.mean(best.busiest_ingress) - 1),
         }
-    return replace(maps[strategy], metrics=metrics, profile_digest=source)
+    return out

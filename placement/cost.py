@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from enum import StrEnum
-from typing import Any
+from typing import Any, Literal
 
 import numba
 import numpy as np
@@ -19,11 +18,8 @@ FloatsL = npt.NDArray[np.float64]
 FloatsLR = npt.NDArray[np.float64]
 
 
-class Choice(StrEnum):
-    """Who chooses among the copies of an expert; see `choice.py`."""
-
-    TOKEN = "token"
-    SOURCE = "source"
+Choice = Literal["token", "source"]
+"""Who chooses among the copies of an expert; see `choice.py`."""
 
 
 @dataclass(frozen=True)
@@ -37,6 +33,7 @@ class Metrics:
         intra_share: float64 (L,), co-activated pairs on one rank / all of them; NaN for top-1 models, which have none.
         node_fan_out: float64 (L,), mean over tokens of the distinct nodes that serve a token.
         node_ingress: float64 (L, N), share of all tokens with at least one expert on the node.
+        picked_share: float64 (L,), picks that went to an expert / all picks.
     """
 
     fan_out: FloatsL
@@ -45,6 +42,7 @@ class Metrics:
     intra_share: FloatsL
     node_fan_out: FloatsL
     node_ingress: FloatsLR
+    picked_share: FloatsL
 
     @property
     def busiest_ingress(self) -> FloatsL:
@@ -72,7 +70,9 @@ class Metrics:
 
     def summary(self) -> dict[str, dict[str, float | None]]:
         """For each metric its mean over layers and its worst layer; None where it is not defined."""
-        return {name: summarise(getattr(self, name), np.min if name == "intra_share" else np.max) for name in SUMMARISED}
+        return {
+            name: summarise(getattr(self, name), np.min if name == "intra_share" else np.max) for name in SUMMARISED
+        }
 
 
 SUMMARISED = ("fan_out", "busiest_ingress", "imbalance_ratio", "intra_share", "node_fan_out", "busiest_node_ingress")
@@ -87,11 +87,11 @@ def _finite(value: Any) -> float | None:
     return float(value) if np.isfinite(value) else None
 
 
-def evaluate(placement: PlacementMap, tokens: TokenTrace, choice: Choice = Choice.TOKEN) -> Metrics:
+def evaluate(placement: PlacementMap, tokens: TokenTrace, choice: Choice = "token") -> Metrics:
     """Measure a map on token sets.
 
     Args:
-        choice: who chooses among the copies of an expert.  Under `SOURCE` each token counts as coming from every rank
+        choice: who chooses among the copies of an expert.  Under "source" each token counts as coming from every rank
             equally.
     """
     topology, num_experts = placement.topology, placement.model.num_experts
@@ -99,7 +99,7 @@ def evaluate(placement: PlacementMap, tokens: TokenTrace, choice: Choice = Choic
     layers: list[Mapping[str, Any]] = []
     for ids_TK, slots_P in zip(tokens.topk_ids, placement.physical_to_logical_map, strict=True):
         ranks_EX = ranks_of_experts(slots_P, num_experts, topology.slots_per_rank)
-        if choice is Choice.SOURCE and ranks_EX.shape[1] > 1:
+        if choice == "source" and ranks_EX.shape[1] > 1:
             per_source = nearest_ranks(ranks_EX, topology)[:, :, None]
         else:
             per_source = ranks_EX[None]
@@ -116,6 +116,7 @@ def evaluate(placement: PlacementMap, tokens: TokenTrace, choice: Choice = Choic
                 "intra_share": intra / pairs if pairs else np.nan,
                 "node_fan_out": node_reached.sum() / len(ids_TK),
                 "node_ingress": node_reached / len(ids_TK),
+                "picked_share": load.sum() / ids_TK.size,
             }
         )
     return Metrics(**{name: np.array([layer[name] for layer in layers]) for name in layers[0]})
@@ -128,9 +129,7 @@ def _walk(
     ranks_EX: npt.NDArray[np.int64],
     num_nodes: int,
     ranks_per_node: int,
-) -> tuple[
-    npt.NDArray[np.float64], npt.NDArray[np.float64], npt.NDArray[np.float64], float, float
-]:
+) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64], npt.NDArray[np.float64], float, float]:
     """Tokens that reach each rank, pairs that each serves, tokens that reach each node, intra pairs, all pairs."""
     num_tokens, top_k = ids_TK.shape
     num_ranks = num_nodes * ranks_per_node

@@ -106,20 +106,28 @@ class Topology:
         return self.num_ranks * self.slots_per_rank
 
     @classmethod
-    def for_experts(cls, num_experts: int, num_ranks: int, num_nodes: int = 1) -> Topology:
-        """One slot for each expert, the same number on every rank.
+    def for_experts(
+        cls, num_experts: int, num_ranks: int, num_nodes: int = 1, num_redundant: int = 0, links: Links | None = None
+    ) -> Topology:
+        """As many slots on every rank as the experts need; where they do not divide, some slots stay empty.
+
+        Args:
+            num_redundant: copies beyond one of each expert.
 
         Raises:
-            CoterieError: the experts do not divide by the ranks, or the ranks by the nodes.
+            CoterieError: there are more ranks than experts, or the ranks do not divide by the nodes.
         """
-        if num_ranks < 1 or num_experts % num_ranks:
-            fitting = ", ".join(str(ranks) for ranks in range(1, num_experts + 1) if num_experts % ranks == 0)
+        physical = num_experts + num_redundant
+        if not 1 <= num_ranks <= physical:
+            raise CoterieError(f"{num_ranks} ranks cannot share {physical} experts; give --ranks from 1 to {physical}")
+        if num_redundant < 0 or num_redundant > num_experts * (num_ranks - 1):
+            most = num_experts * (num_ranks - 1)
             raise CoterieError(
-                f"{num_ranks} ranks cannot share {num_experts} experts equally; give --ranks one of {fitting}"
+                f"{num_redundant} redundant experts: must be between 0 and {most}, a copy of each on every rank"
             )
         if num_nodes < 1 or num_ranks % num_nodes:
             raise CoterieError(f"{num_nodes} nodes cannot share {num_ranks} ranks equally; give --nodes a divisor")
-        return cls(num_nodes, num_ranks // num_nodes, num_experts // num_ranks)
+        return cls(num_nodes, num_ranks // num_nodes, -(-physical // num_ranks), links)
 
     def to_json(self) -> dict[str, Any]:
         """The form in which placement maps hold it; without `links` where they are not known."""

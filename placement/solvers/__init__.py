@@ -2,67 +2,257 @@
 
 from __future__ import annotations
 
+import math
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, field
+from functools import partial
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from placement.placement_map import PlacementMap
-from placement.solvers.contract import LayerProblem, Strategy
+from placement.solvers.contract import LayerProblem, Objective, Slots, Strategy
+from placement.solvers.hypergraph import hypergraph
 from placement.solvers.linear import linear
 from placement.solvers.load import load
+from placement.solvers.metis import metis
+from placement.solvers.occult import occult
+from placement.solvers.quadratic import quadratic
 from placement.solvers.random import random
 from placement.solvers.search import search
+from placement.solvers.spectral import spectral
+from placement.timing import Workload, linear_costs, touching_share
 from placement.topology import Topology
 from profiler.errors import CoterieError
 from profiler.profile import Profile
+from profiler.spec import MoESpec
+from profiler.trace import TokenTrace
 
-STRATEGIES: dict[str, Strategy] = {"linear": linear, "random": random, "load": load, "search": search}
-"""In the order of tables: what one gets without planning, with balancing only, and with the project's own search."""
+STRATEGIES: dict[str, Strategy] = {
+    "linear": linear,
+    "random": random,
+    "load": load,
+    "occult": occult,
+    "metis": metis,
+    "spectral": spectral,
+    "quadratic": quadratic,
+    "hypergraph": hypergraph,
+    "search": search,
+}
+"""In the order of tables: without planning, with balancing only, with traffic only, and with the project's search."""
+
+ALWAYS_COMPARED = ("linear", "random", "load", "search")
 
 DEFAULT_LOAD_CAP = 1.1
+NUM_FOLDS = 4
+"""Parts of the sequences that a plan has to be good on; how other numbers did is in docs/log.md."""
+
+OBJECTIVES = ("time", "fan-out", "balance", "collaboration")
+
+
+@dataclass(frozen=True)
+class Options:
+    """How to plan.
+
+    Attributes:
+        objective: one of `OBJECTIVES`.
+        workload: what the layers are given, for `time` on a topology with links.
+        load_cap: the largest load of a rank that is wanted, over the mean; None for 1.1 or as near as can be.
+        num_redundant: copies beyond one of each expert.
+        seed: the same seed gives the same plan.
+        num_kicks: rounds of the search; more take longer and find more.
+        time_budget: seconds after which the search takes what it has; the same seed may then give another plan.
+        domain_weights: what a token of each domain counts; others count 0.  None for all alike.
+        worst_domain: plan for the domain that the plan is worst for, instead of for the mixture.
+        preserve_groups: keep the router's groups together, so that a permuted checkpoint stays exact.
+    """
+
+    objective: str = "time"
+    workload: Workload = field(default_factory=lambda: Workload(4096))
+    load_cap: float | None = None
+    num_redundant: int = 0
+    seed: int = 0
+    num_kicks: int = 60
+    time_budget: float | None = None
+    domain_weights: Mapping[str, float] | None = None
+    worst_domain: bool = False
+    preserve_groups: bool = False
+
+    def __post_init__(self) -> None:
+        if self.objective not in OBJECTIVES:
+            raise CoterieError(f"objective {self.objective!r}: must be one of {', '.join(OBJECTIVES)}")
+        if self.load_cap is not None and not 1 <= self.load_cap < math.inf:
+            raise CoterieError(
+                f"load cap {self.load_cap}: must be a number of at least 1, no rank can stay below the mean"
+            )
+        for name, value in (("seed", self.seed), ("redundant experts", self.num_redundant), ("kicks", self.num_kicks)):
+            if value < 0:
+                raise CoterieError(f"{name} {value}: must be at least 0")
+        if self.time_budget is not None and not self.time_budget > 0:
+            raise CoterieError(f"time budget {self.time_budget}: must be above 0 seconds")
+        for domain, weight in (self.domain_weights or {}).items():
+            if not 0 <= weight < math.inf:
+                raise CoterieError(f"weight of domain {domain!r} {weight}: must be a number of at least 0")
 
 
 def plan(
     profile: Profile,
     topology: Topology,
     strategy: str = "search",
+    options: Options | None = None,
     *,
-    load_cap: float = DEFAULT_LOAD_CAP,
-    seed: int = 0,
     on_layer: Callable[[], None] = lambda: None,
 ) -> PlacementMap:
     """Place the experts of every layer.
 
     Args:
         profile: must hold token sets.
-        topology: with one slot for each expert.
+        topology: with a slot at least for each expert and each redundant one.
         strategy: a name in `STRATEGIES`.
-        load_cap: the largest load of a rank that is wanted, over the mean load.
         on_layer: called as each layer is done.
 
     Raises:
-        CoterieError: an unknown strategy, a cap below 1, a negative seed, slots that do not fit the experts, or a
-            counts-only profile.
+        CoterieError: an unknown strategy or domain, too few slots, a load cap that cannot be kept, or a counts-only
+            profile.
     """
+    options = options or Options()
     if strategy not in STRATEGIES:
         raise CoterieError(f"strategy {strategy!r}: must be one of {', '.join(STRATEGIES)}")
-    if not 1 <= load_cap < float("inf"):
-        raise CoterieError(f"load cap {load_cap}: must be a number of at least 1, no rank can stay below the mean")
-    if seed < 0:
-        raise CoterieError(f"seed {seed}: must be at least 0")
-    if topology.num_slots != profile.model.num_experts:
-        raise CoterieError(f"{topology.num_slots} slots for {profile.model.num_experts} experts: must be equal")
-    ids_LTK = profile.require_tokens().topk_ids
+    problems = layer_problems(profile, topology, options)
+    if options.load_cap is not None:
+        for layer_id, problem in zip(profile.model.layer_ids, problems, strict=True):
+            _require_feasible(problem, layer_id)
+    place = STRATEGIES[strategy]
+    if strategy == "search":
+        share = len(problems) / min(len(problems), os.cpu_count() or 1)
+        seconds = None if options.time_budget is None else options.time_budget / share
+        place = partial(search, num_kicks=options.num_kicks, seconds=seconds)
 
-    def place(layer: int) -> np.ndarray[tuple[int, ...], np.dtype[np.int64]]:
-        problem = LayerProblem.from_ids(ids_LTK[layer], profile.model.num_experts, topology.num_ranks, load_cap)
-        rank_of_expert = STRATEGIES[strategy](problem, np.random.default_rng((seed, layer)))
+    def of_layer(layer: int) -> Slots:
+        slots = place(problems[layer], np.random.default_rng((options.seed, layer)))
         on_layer()
-        return rank_of_expert
+        return slots
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        ranks: Sequence[np.ndarray[tuple[int, ...], np.dtype[np.int64]]] = list(pool.map(place, range(len(ids_LTK))))
-    solver = {"name": strategy, "options": {"load_cap": load_cap}, "seed": seed}
-    return PlacementMap.from_ranks(profile.model, topology, np.stack(ranks), solver, profile.digest)
+        slots_LP = np.stack(list(pool.map(of_layer, range(len(problems)))))
+    solver = {"name": strategy, "options": _to_json(options), "seed": options.seed}
+    return PlacementMap(profile.model, topology, slots_LP, solver, profile.digest)
+
+
+def layer_problems(profile: Profile, topology: Topology, options: Options) -> list[LayerProblem]:
+    """The task of each layer.
+
+    Raises:
+        CoterieError: an unknown domain, too few slots, or a counts-only profile.
+    """
+    model, tokens = profile.model, profile.require_tokens()
+    if topology.num_slots < model.num_experts + options.num_redundant:
+        raise CoterieError(
+            f"{topology.num_slots} slots for {model.num_experts} experts and {options.num_redundant} redundant ones: "
+            "give as many slots as experts at least"
+        )
+    folds_T, weights_T = _folds(tokens, options), _weights(tokens, profile.domains, options)
+    if weights_T is not None:
+        tokens, folds_T = tokens.where(weights_T > 0), folds_T[weights_T > 0]
+        weights_T = weights_T[weights_T > 0]
+    if options.preserve_groups and (topology.num_slots != model.num_experts or options.num_redundant):
+        raise CoterieError("groups can only be preserved with one slot for each expert and no redundant ones")
+    objective = objective_of(model, topology, options)
+    problems = []
+    for ids_TK in tokens.topk_ids:
+        problem = LayerProblem.from_ids(
+            ids_TK,
+            model.num_experts,
+            topology,
+            options.load_cap or DEFAULT_LOAD_CAP,
+            folds_T=folds_T,
+            weights_T=weights_T,
+            num_redundant=options.num_redundant,
+            num_groups=model.num_groups if options.preserve_groups else 1,
+            objective=objective,
+            worst_fold=options.worst_domain,
+        )
+        problems.append(problem)
+    return problems
+
+
+def objective_of(model: MoESpec, topology: Topology, options: Options) -> Objective:
+    """The objective in the units of `contract.Objective`.
+
+    `time` on a topology with links is the slope of `predicted_time`.  Without links, or where the model's sizes are not
+    known, dispatch, experts and combine count the same in a random plan, so that no part can be forgotten.
+    """
+    if options.objective == "fan-out":
+        return Objective(fan_out=1.0)
+    if options.objective == "balance":
+        return Objective(load=1.0)
+    if options.objective == "collaboration":
+        return Objective(collaboration=1.0)
+    if topology.links is not None and model.hidden_size and model.expert_size:
+        return linear_costs(model, topology, options.workload)
+    if options.workload.mode == "per-expert":
+        return Objective(load=1.0)
+    across = 0.5 if topology.num_nodes > 1 else 0.0
+    return Objective(
+        ingress=2 * (1 - across) / touching_share(model, topology.num_ranks),
+        node_ingress=2 * across / touching_share(model, topology.num_nodes),
+        load=1.0,
+    )
+
+
+def _folds(tokens: TokenTrace, options: Options) -> npt.NDArray[np.int64]:
+    """The fold of each token: its domain if the worst domain counts, else its sequence's place modulo the folds."""
+    if options.worst_domain:
+        _, folds = np.unique(tokens.domain_ids, return_inverse=True)
+        return folds.astype(np.int64)
+    sequences, place = np.unique(tokens.sequence_ids, return_inverse=True)
+    return (place % min(NUM_FOLDS, len(sequences))).astype(np.int64)
+
+
+def _weights(tokens: TokenTrace, domains: tuple[str, ...], options: Options) -> npt.NDArray[np.float64] | None:
+    """What each token counts: its domain's weight, shared by the domain's tokens."""
+    if options.domain_weights is None:
+        return None
+    unknown = sorted(set(options.domain_weights) - set(domains))
+    if unknown:
+        raise CoterieError(f"domain {unknown[0]!r}: the profile has {', '.join(domains)}")
+    per_domain = np.array([options.domain_weights.get(domain, 0.0) for domain in domains])
+    tokens_of = np.bincount(tokens.domain_ids, minlength=len(domains))
+    per_token = per_domain * tokens.num_tokens / np.maximum(tokens_of, 1)
+    weights: npt.NDArray[np.float64] = per_token[tokens.domain_ids]
+    if not weights.any():
+        raise CoterieError("the domains with a weight have no token; give a weight to one that has")
+    return weights
+
+
+def _require_feasible(problem: LayerProblem, layer_id: int) -> None:
+    """Check that the hottest expert and the coldest company that it can have stay below the load cap.
+
+    Raises:
+        CoterieError: they do not; the message says how many redundant experts would help.
+    """
+    load = problem.expert_load
+    mean = load.sum() / problem.num_ranks
+    company = -(-problem.num_experts // problem.num_ranks) - 1
+    coldest = np.sort(load)[:company].sum()
+    hottest = int(load.argmax())
+    room = problem.load_cap * mean - coldest
+    copies = np.ceil(load / max(room, 1e-300)) if room > 0 else np.full(len(load), np.inf)
+    wanted = float((copies - 1).clip(min=0).sum())
+    if wanted > problem.num_redundant:
+        remedy = f"give at least {wanted:.0f} redundant experts or a" if wanted < 1e6 else "give a"
+        raise CoterieError(
+            f"layer {layer_id}: load cap {problem.load_cap:g} cannot be kept, expert {hottest} alone takes "
+            f"{load[hottest] / load.sum():.1%} of all picks and a rank's mean is {1 / problem.num_ranks:.1%}; "
+            f"{remedy} load cap of {(load[hottest] + coldest) / mean:.2f} or more"
+        )
+
+
+def _to_json(options: Options) -> dict[str, Any]:
+    value = asdict(options)
+    value["load_cap"] = options.load_cap or DEFAULT_LOAD_CAP
+    value.pop("seed")
+    return value

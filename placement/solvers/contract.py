@@ -22,7 +22,7 @@ class Objective:
 
     Attributes:
         ingress: per share of all tokens that reach the busiest rank.
-        node_ingress: per share of all tokens that reach the busiest node from others.
+        node_ingress: per share of all tokens that touch the busiest node.
         load: per load of the busiest rank over the mean load.
         fan_out: per rank that a token visits on average.
         collaboration: per share of co-activated pairs that are not on one rank.
@@ -52,6 +52,7 @@ class LayerProblem:
         num_groups: G; where above 1, experts may only change places so that a permuted checkpoint stays exact under
             group-limited routing: whole groups with each other, and experts inside their group.
         objective: what to minimise.
+        worst_fold: minimise the worst fold instead of the mean over folds.
     """
 
     sets: npt.NDArray[np.int32]
@@ -63,6 +64,7 @@ class LayerProblem:
     num_redundant: int = 0
     num_groups: int = 1
     objective: Objective = Objective(ingress=1.0)
+    worst_fold: bool = False
 
     @classmethod
     def from_ids(
@@ -74,6 +76,10 @@ class LayerProblem:
         *,
         folds_T: npt.NDArray[np.int64] | None = None,
         weights_T: npt.NDArray[np.float64] | None = None,
+        num_redundant: int = 0,
+        num_groups: int = 1,
+        objective: Objective = Objective(ingress=1.0),
+        worst_fold: bool = False,
     ) -> LayerProblem:
         """Merge tokens of a fold that picked the same experts.
 
@@ -81,6 +87,7 @@ class LayerProblem:
             ids_TK: all-ones is no expert.
             folds_T: fold of each token; one fold if None.
             weights_T: what each token counts; 1 if None.
+            num_redundant, num_groups, objective, worst_fold: as the attributes.
         """
         no_expert = np.iinfo(ids_TK.dtype).max
         num_tokens = len(ids_TK)
@@ -93,14 +100,25 @@ class LayerProblem:
         sets, folds = rows[:, :-1].astype(np.int32), rows[:, -1].astype(np.int64)
         sets[sets == no_expert] = -1
         weights = np.bincount(row_of_token.ravel(), weights_T, minlength=len(rows)).astype(np.float64)
-        return cls(sets, folds, weights, num_experts, topology, load_cap)
+        return cls(
+            sets,
+            folds,
+            weights,
+            num_experts,
+            topology,
+            load_cap,
+            num_redundant,
+            num_groups,
+            objective,
+            worst_fold,
+        )
 
     def merged(self) -> LayerProblem:
         """The same tokens in one fold."""
         if not self.folds.any():
             return self
         sets, row = np.unique(self.sets, axis=0, return_inverse=True)
-        weights = np.bincount(row.ravel(), self.weights, minlength=len(sets))
+        weights = np.bincount(row.ravel(), self.weights, minlength=len(sets)).astype(np.float64)
         return replace(self, sets=sets, folds=np.zeros(len(sets), dtype=np.int64), weights=weights)
 
     @property
@@ -128,7 +146,8 @@ class LayerProblem:
         """Tokens that picked each expert, float64 (E,)."""
         picked = self.sets.ravel() >= 0
         weights = np.repeat(self.weights, self.sets.shape[1])
-        return np.bincount(self.sets.ravel()[picked], weights[picked], minlength=self.num_experts)
+        load = np.bincount(self.sets.ravel()[picked], weights[picked], minlength=self.num_experts)
+        return load.astype(np.float64)
 
     @cached_property
     def coactivation(self) -> npt.NDArray[np.float64]:

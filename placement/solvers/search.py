@@ -1,190 +1,119 @@
-"""The project's own search: swaps that lower the busiest rank's ingress, on token sets, under a load cap.
+"""The project's own search: a plan that is good at its busiest places, on token sets, under a load cap.
 
-For experts a on rank r and b on rank s, what a swap does to ingress follows from three tallies over token sets:
-
-- `lone[a]`: tokens that reach rank r only through a, and would leave it with a;
-- `new[b, r]`: tokens that pick b and do not reach rank r yet, and would come to it with b;
-- `both[a, b]`: tokens that reach rank r only through a and pick b as well, so that b keeps them on r.
-
-So ingress[r] becomes ingress[r] - lone[a] + both[a, b] + new[b, r], likewise for s, and no other rank changes.  All
-swaps are judged from the tallies at once; only sets that hold a or b are tallied again after a swap.
+It minimises the objective's busiest ingress, busiest node and busiest load together, each the p-norm over places (a
+maximum that also feels the runners-up), averaged over folds of the sequences.  A plan whose busiest rank is another one
+in every fold pays for each of them, so that the average rewards plans that stay balanced on traffic yet to come.
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple
+import math
+import time
+from dataclasses import replace
 
-import numba
 import numpy as np
 import numpy.typing as npt
 
-from placement.solvers.contract import LayerProblem, RankOfExpert
-from placement.solvers.load import load
+from placement.placement_map import EMPTY_SLOT
+from placement.solvers.anneal import search_copies
+from placement.solvers.contract import LayerProblem, Slots, slots_of_ranks
+from placement.solvers.load import load as load_only
+from placement.solvers.swaps import Effort, improve, prepare
+from placement.topology import Topology
 
-POWERS = (6.0, 16.0)
-"""Descents minimise sum ingress^p, first with a p that feels several ranks, then with one closer to the maximum; how
-other exponents did is in docs/log.md."""
-
-NUM_KICKS = 40
-SWAPS_PER_KICK = 4
-
-
-class _Tallies(NamedTuple):
-    ingress: npt.NDArray[np.int64]  # (R,) tokens that reach the rank
-    lone: npt.NDArray[np.int64]  # (E,)
-    new: npt.NDArray[np.int64]  # (E, R)
-    both: npt.NDArray[np.int64]  # (E, E)
+Ints = npt.NDArray[np.int64]
 
 
-def search(problem: LayerProblem, rng: np.random.Generator) -> RankOfExpert:
-    """Iterated local search from the load-only plan: descend, swap a few random pairs, descend again, keep the best.
+def search(problem: LayerProblem, rng: np.random.Generator, num_kicks: int = 60, seconds: float | None = None) -> Slots:
+    """Iterated local search: descend, swap a few random pairs, descend again, keep the best.
 
-    No rank's load exceeds `load_cap` times the mean, or the load-only plan's largest where that is higher.
+    It starts from the load-only plan; with several nodes, experts are first placed on nodes, then on the ranks inside
+    each, then on all ranks together.  No rank's load exceeds `load_cap` times the mean, or the load-only plan's largest
+    where that is higher.  Redundant experts are then added and everything is searched again, see `anneal.py`.
+
+    Args:
+        num_kicks: rounds.
+        seconds: stop kicking after this time; None for never.
     """
-    start = load(problem, rng)
-    expert_load = problem.expert_load
-    rank_load = np.bincount(start, expert_load, minlength=problem.num_ranks)
-    limit = max(problem.load_cap * rank_load.mean(), rank_load.max())
-    members, first_member = _members(problem)
-    best, best_value = start, np.inf
-    for kick in range(NUM_KICKS + 1):
-        rank_of = best.copy()
-        if kick:
-            _kick(rank_of, expert_load, limit, problem.num_ranks, rng)
-        for power in POWERS:
-            value = _descend(
-                problem.sets,
-                problem.weights,
-                members,
-                first_member,
-                rank_of,
-                expert_load,
-                problem.num_ranks,
-                limit,
-                power,
-            )
-        if value < best_value:
-            best, best_value = rank_of, value
-    return best
+    effort = Effort(num_kicks, math.inf if seconds is None else time.monotonic() + seconds)
+    slots = slots_of_ranks(place_once(problem, rng, effort), problem.topology)
+    return search_copies(problem, slots, rng, effort) if problem.num_redundant else slots
 
 
-def _members(problem: LayerProblem) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
-    """Rows of the sets that hold each expert, one expert after another, and where each expert's rows start."""
-    experts = problem.sets.ravel()
-    order = np.argsort(experts, kind="stable")[(experts < 0).sum() :]
-    held = np.bincount(experts[experts >= 0], minlength=problem.num_experts)
-    return order // problem.sets.shape[1], np.concatenate([[0], np.cumsum(held)])
+def place_once(problem: LayerProblem, rng: np.random.Generator, effort: Effort) -> Ints:
+    """The rank of each expert, int64 (E,), where none is copied."""
+    problem, topology = replace(problem, num_redundant=0), problem.topology
+    if problem.num_groups > 1:
+        return _place_groups(problem, rng, effort)
+    start = ranks_of(load_only(problem, rng), problem)
+    anywhere = np.zeros(problem.num_experts, dtype=np.int64)
+    tokens = prepare(problem)
+    if topology.num_nodes > 1 and topology.ranks_per_node > 1:
+        start = _nodes_first(problem, rng, effort.part(2))
+        start = improve(problem, tokens, start, start // topology.ranks_per_node, rng, effort.part(2))
+    return improve(problem, tokens, start, anywhere, rng, effort)
 
 
-def _kick(
-    rank_of: RankOfExpert, expert_load: npt.NDArray[np.int64], limit: float, num_ranks: int, rng: np.random.Generator
-) -> None:
-    """Swap a few random pairs in place, passing over those that break the load limit."""
-    rank_load = np.bincount(rank_of, expert_load, minlength=num_ranks)
-    for a, b in rng.integers(0, len(rank_of), (SWAPS_PER_KICK, 2)):
-        r, s = rank_of[a], rank_of[b]
-        shift = expert_load[b] - expert_load[a]
-        if r != s and rank_load[r] + shift <= limit and rank_load[s] - shift <= limit:
-            rank_of[a], rank_of[b] = s, r
-            rank_load[r] += shift
-            rank_load[s] -= shift
+def ranks_of(slots: Slots, problem: LayerProblem) -> Ints:
+    """The rank of each expert, int64 (E,), out of slots without copies."""
+    filled = np.flatnonzero(slots != EMPTY_SLOT)
+    out = np.empty(problem.num_experts, dtype=np.int64)
+    out[slots[filled]] = filled // problem.slots_per_rank
+    return out
 
 
-@numba.njit(cache=True, nogil=True)
-def _descend(
-    sets: npt.NDArray[np.int32],
-    weights: npt.NDArray[np.int64],
-    members: npt.NDArray[np.int64],
-    first_member: npt.NDArray[np.int64],
-    rank_of: RankOfExpert,
-    expert_load: npt.NDArray[np.int64],
-    num_ranks: int,
-    limit: float,
-    power: float,
-) -> float:
-    """Apply the best swap until none lowers sum ingress^power; changes `rank_of`, returns that sum."""
-    num_experts = len(rank_of)
-    tallies = _Tallies(
-        np.zeros(num_ranks, np.int64),
-        np.zeros(num_experts, np.int64),
-        np.zeros((num_experts, num_ranks), np.int64),
-        np.zeros((num_experts, num_experts), np.int64),
+def _nodes_first(problem: LayerProblem, rng: np.random.Generator, effort: Effort) -> Ints:
+    """Place on nodes as if each were one large rank, then balance the load over the ranks of each."""
+    nodes, per_node = problem.topology.num_nodes, problem.topology.ranks_per_node
+    weights = problem.objective
+    coarse = replace(
+        problem,
+        topology=Topology(1, nodes, per_node * problem.slots_per_rank),
+        objective=replace(weights, ingress=weights.ingress + weights.node_ingress, node_ingress=0.0),
     )
-    served = np.zeros(num_ranks, np.int64)
-    for row in range(len(sets)):
-        _tally(sets[row], weights[row], rank_of, served, tallies)
-    rank_load = np.zeros(num_ranks, np.int64)
-    for expert in range(num_experts):
-        rank_load[rank_of[expert]] += expert_load[expert]
-    scale = 1.0 / weights.sum()
-    while True:
-        a, b = _best_swap(rank_of, expert_load, rank_load, tallies, limit, power, scale)
-        if a < 0:
-            break
-        for sign in (-1, 1):
-            for expert in (a, b):
-                for row in members[first_member[expert] : first_member[expert + 1]]:
-                    if expert == a or a not in sets[row]:  # sets with both are tallied once
-                        _tally(sets[row], sign * weights[row], rank_of, served, tallies)
-            if sign == -1:
-                r, s = rank_of[a], rank_of[b]
-                rank_of[a], rank_of[b] = s, r
-                rank_load[r] += expert_load[b] - expert_load[a]
-                rank_load[s] += expert_load[a] - expert_load[b]
-    value: float = ((tallies.ingress * scale) ** power).sum()
-    return value
+    start = ranks_of(load_only(coarse, rng), coarse)
+    node_of = improve(coarse, prepare(coarse), start, np.zeros(problem.num_experts, dtype=np.int64), rng, effort)
+    rank_of = np.empty(problem.num_experts, dtype=np.int64)
+    for node in range(nodes):
+        rank_load, free = np.zeros(per_node), np.full(per_node, problem.slots_per_rank)
+        held = np.flatnonzero(node_of == node)
+        for expert in held[np.argsort(-problem.expert_load[held], kind="stable")]:
+            rank = int(np.where(free > 0, rank_load, np.inf).argmin())
+            rank_of[expert] = node * per_node + rank
+            rank_load[rank] += problem.expert_load[expert]
+            free[rank] -= 1
+    return rank_of
 
 
-@numba.njit(cache=True, nogil=True)
-def _tally(
-    experts: npt.NDArray[np.int32],
-    weight: int,
-    rank_of: RankOfExpert,
-    served: npt.NDArray[np.int64],
-    tallies: _Tallies,
-) -> None:
-    """Add one token set, `weight` times, to the tallies; `served` is all zeros before and after."""
-    experts = experts[experts >= 0]
-    for expert in experts:
-        served[rank_of[expert]] += 1
-    for expert in experts:
-        rank = rank_of[expert]
-        if served[rank] == 1:
-            tallies.lone[expert] += weight
-            for other in experts:
-                tallies.both[expert, other] += weight
-    for rank in range(len(served)):
-        if served[rank]:
-            tallies.ingress[rank] += weight
-        else:
-            for expert in experts:
-                tallies.new[expert, rank] += weight
-        served[rank] = 0
+def _place_groups(problem: LayerProblem, rng: np.random.Generator, effort: Effort) -> Ints:
+    """Whole groups change places with each other, and experts inside their group.
 
-
-@numba.njit(cache=True, nogil=True)
-def _best_swap(
-    rank_of: RankOfExpert,
-    expert_load: npt.NDArray[np.int64],
-    rank_load: npt.NDArray[np.int64],
-    tallies: _Tallies,
-    limit: float,
-    power: float,
-    scale: float,
-) -> tuple[int, int]:
-    """The swap that lowers sum ingress^power most while no rank goes above the load limit; (-1, -1) if none does."""
-    value = (tallies.ingress * scale) ** power
-    best_change, best_a, best_b = -1e-12 * value.sum(), -1, -1
-    for a in range(len(rank_of)):
-        r = rank_of[a]
-        for b in range(a):
-            s = rank_of[b]
-            shift = expert_load[b] - expert_load[a]
-            if r == s or rank_load[r] + shift > limit or rank_load[s] - shift > limit:
-                continue
-            ingress_r = tallies.ingress[r] - tallies.lone[a] + tallies.both[a, b] + tallies.new[b, r]
-            ingress_s = tallies.ingress[s] - tallies.lone[b] + tallies.both[b, a] + tallies.new[a, s]
-            change = (ingress_r * scale) ** power + (ingress_s * scale) ** power - value[r] - value[s]
-            if change < best_change:
-                best_change, best_a, best_b = change, a, b
-    return best_a, best_b
+    Where ranks hold whole groups these are placed like experts, by the sets of groups that tokens pick; where a group
+    lies on several ranks, groups are placed on nodes, and then experts on the ranks of their group.
+    """
+    groups, topology = problem.num_groups, problem.topology
+    group_of = np.arange(problem.num_experts) * groups // problem.num_experts
+    places = topology.num_ranks if groups % topology.num_ranks == 0 else topology.num_nodes
+    if groups % places:
+        places = 1
+    coarse_sets = np.sort(np.where(problem.sets >= 0, group_of[problem.sets], groups), axis=1)
+    coarse_sets[:, 1:][coarse_sets[:, 1:] == coarse_sets[:, :-1]] = groups
+    coarse_sets = np.sort(coarse_sets, axis=1).astype(np.int32)
+    coarse_sets[coarse_sets == groups] = -1
+    nodes = topology.num_nodes if places % topology.num_nodes == 0 else 1
+    coarse = replace(
+        problem,
+        sets=coarse_sets,
+        num_experts=groups,
+        num_groups=1,
+        topology=Topology(nodes, places // nodes, groups // places),
+    )
+    place_of_group = place_once(coarse, rng, effort)
+    order = np.argsort(place_of_group, kind="stable")  # groups one after another, as they will lie
+    position = np.empty(groups, dtype=np.int64)
+    position[order] = np.arange(groups)
+    size = problem.num_experts // groups
+    rank_of = (position[group_of] * size + np.arange(problem.num_experts) % size) // problem.slots_per_rank
+    if problem.slots_per_rank % size == 0:
+        return rank_of
+    return improve(problem, prepare(problem), rank_of, group_of, rng, effort)

@@ -1,0 +1,403 @@
+"""Swaps judged in closed form: descents on the true objective over token sets, where each expert has one copy.
+
+For experts a on place r and b on place s, what a swap does to the tokens that reach r follows from tallies:
+
+- `lone[a]`: tokens that reach r only through a, and would leave it with a;
+- `both[a, b]`: of these, the ones that pick b as well, so that b keeps them there;
+- `touched[b, r]`: tokens that pick b and reach r already; the other tokens of b would come to it.
+
+So reached[r] becomes reached[r] - lone[a] + both[a, b] + picked[b] - touched[b, r], likewise for s, and nothing else
+changes.  Places are ranks, and nodes where there are several.  After a swap only sets with a or b are tallied anew.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+import numba
+import numpy as np
+import numpy.typing as npt
+
+from placement.solvers.contract import LayerProblem
+
+Floats = npt.NDArray[np.float64]
+Ints = npt.NDArray[np.int64]
+
+DOUBLINGS = (3, 4)
+"""Descents take norms with p = 2^3, then 2^4: first one that feels several ranks, then one closer to the maximum."""
+
+SWAPS_PER_KICK = 4
+
+
+@dataclass(frozen=True)
+class Effort:
+    """How much to search: rounds, and the time by `time.monotonic` after which no new one begins."""
+
+    num_kicks: int
+    deadline: float
+
+    def part(self, divisor: int) -> Effort:
+        """For a part of the work."""
+        return replace(self, num_kicks=self.num_kicks // divisor)
+
+
+class Tokens(NamedTuple):
+    """Token sets as the kernels take them; a fold's weights are shares of its tokens."""
+
+    sets: npt.NDArray[np.int32]  # (U, K)
+    folds: Ints  # (U,)
+    shares: Floats  # (U,)
+    rows: Ints  # rows of the sets that hold an expert, one expert after another
+    first_row: Ints  # (E + 1,) where each expert's rows start
+    picked: Floats  # (E, F) share of the fold's tokens that pick the expert
+    mean_load: Floats  # (F,) of a rank, in the same unit
+    coactivation: Floats  # (E, E) share of all co-activated pairs
+
+
+class Level(NamedTuple):
+    """Tallies for one kind of place, C places, float64, in shares of each fold's tokens."""
+
+    reached: Floats  # (C, F)
+    lone: Floats  # (E, F)
+    both: Floats  # (E, E, F)
+    touched: Floats  # (E, C, F)
+
+
+class Weights(NamedTuple):
+    """Of the objective; see `contract.Objective`."""
+
+    ingress: float
+    node_ingress: float
+    load: float
+    fan_out: float
+    collaboration: float
+
+
+def weights_of(problem: LayerProblem) -> Weights:
+    """The objective's weights; one node has no network to weigh."""
+    objective = problem.objective
+    return Weights(
+        objective.ingress,
+        objective.node_ingress if problem.topology.num_nodes > 1 else 0.0,
+        objective.load,
+        objective.fan_out,
+        objective.collaboration,
+    )
+
+
+def prepare(problem: LayerProblem) -> Tokens:
+    """Index the token sets."""
+    num_folds, top_k = problem.num_folds, problem.sets.shape[1]
+    fold_weight = np.bincount(problem.folds, problem.weights, minlength=num_folds)
+    shares = problem.weights / np.maximum(fold_weight, 1e-300)[problem.folds]
+    experts = problem.sets.ravel()
+    order = np.argsort(experts, kind="stable")[int((experts < 0).sum()) :]
+    held = np.bincount(experts[experts >= 0], minlength=problem.num_experts)
+    picked = np.zeros((problem.num_experts, num_folds))
+    for column in problem.sets.T:
+        there = column >= 0
+        np.add.at(picked, (column[there], problem.folds[there]), shares[there])
+    pairs = problem.coactivation.sum() / 2 if problem.objective.collaboration else 0.0
+    return Tokens(
+        sets=problem.sets,
+        folds=problem.folds,
+        shares=shares,
+        rows=order // top_k,
+        first_row=np.concatenate([[0], np.cumsum(held)]),
+        picked=picked,
+        mean_load=np.maximum(picked.sum(axis=0) / problem.num_ranks, 1e-300),
+        coactivation=problem.coactivation / pairs if pairs else np.zeros((problem.num_experts, problem.num_experts)),
+    )
+
+
+def improve(
+    problem: LayerProblem, tokens: Tokens, start: Ints, zone_of: Ints, rng: np.random.Generator, effort: Effort
+) -> Ints:
+    """The best plan found from `start` by descents and kicks; only experts of one zone change places."""
+    topology, weights = problem.topology, weights_of(problem)
+    load = problem.expert_load
+    rank_load = np.bincount(start, load, minlength=topology.num_ranks)
+    limit = max(problem.load_cap * rank_load.mean(), rank_load.max()) * (1 + 1e-12)
+    best, best_value = start, np.inf
+    for kick in range(effort.num_kicks + 1):
+        if time.monotonic() > effort.deadline and kick:
+            break
+        rank_of = best.copy()
+        if kick:
+            _kick(rank_of, load, zone_of, limit, topology.num_ranks, rng)
+        for doublings in DOUBLINGS:
+            value = descend(
+                tokens,
+                rank_of,
+                zone_of,
+                load,
+                limit,
+                (topology.num_nodes, topology.ranks_per_node, topology.slots_per_rank),
+                weights,
+                doublings,
+                problem.worst_fold,
+                rng.permutation(problem.num_experts),
+            )
+        if value < best_value * (1 - 1e-12):
+            best, best_value = rank_of, value
+    return best
+
+
+def _kick(rank_of: Ints, load: Floats, zone_of: Ints, limit: float, num_ranks: int, rng: np.random.Generator) -> None:
+    """Swap a few random pairs in place, passing over those that break the load limit."""
+    rank_load = np.bincount(rank_of, load, minlength=num_ranks)
+    for a, b in rng.integers(0, len(rank_of), (SWAPS_PER_KICK, 2)):
+        r, s = rank_of[a], rank_of[b]
+        shift = load[b] - load[a]
+        if r != s and zone_of[a] == zone_of[b] and rank_load[r] + shift <= limit and rank_load[s] - shift <= limit:
+            rank_of[a], rank_of[b] = s, r
+            rank_load[r] += shift
+            rank_load[s] -= shift
+
+
+@numba.njit(cache=True, nogil=True)
+def power(value: float, doublings: int) -> float:
+    """The value to the power 2^doublings."""
+    for _ in range(doublings):
+        value *= value
+    return value
+
+
+@numba.njit(cache=True, nogil=True)
+def root(value: float, doublings: int) -> float:
+    """Its inverse."""
+    for _ in range(doublings):
+        value = math.sqrt(value)
+    return value
+
+
+@numba.njit(cache=True, nogil=True)
+def _tally(experts: npt.NDArray[np.int32], fold: int, share: float, place_of: Ints, seen: Ints, level: Level) -> None:
+    """Add one token set, `share` times, to a level; `seen` is all zeros before and after."""
+    for expert in experts:
+        if expert >= 0:
+            seen[place_of[expert]] += 1
+    for expert in experts:
+        if expert >= 0 and seen[place_of[expert]] == 1:
+            level.lone[expert, fold] += share
+            for other in experts:
+                if other >= 0:
+                    level.both[expert, other, fold] += share
+    for expert in experts:
+        if expert >= 0 and seen[place_of[expert]] > 0:
+            place = place_of[expert]
+            seen[place] = 0
+            level.reached[place, fold] += share
+            for other in experts:
+                if other >= 0:
+                    level.touched[other, place, fold] += share
+
+
+@numba.njit(cache=True, nogil=True)
+def _new_level(num_places: int, num_experts: int, num_folds: int) -> Level:
+    return Level(
+        np.zeros((num_places, num_folds)),
+        np.zeros((num_experts, num_folds)),
+        np.zeros((num_experts, num_experts, num_folds)),
+        np.zeros((num_experts, num_places, num_folds)),
+    )
+
+
+@numba.njit(cache=True, nogil=True)
+def _after(level: Level, picked: Floats, a: int, b: int, place: int, fold: int) -> float:
+    """Share of the fold's tokens that reach `place` when a leaves it and b (none if negative) comes."""
+    value = float(level.reached[place, fold] - level.lone[a, fold])
+    if b >= 0:
+        value += level.both[a, b, fold] + picked[b, fold] - level.touched[b, place, fold]
+    return max(value, 0.0)
+
+
+@numba.njit(cache=True, nogil=True)
+def _joined(level: Level, picked: Floats, a: int, place: int, fold: int) -> float:
+    """Share of the fold's tokens that reach `place` when a comes and nothing leaves."""
+    return float(level.reached[place, fold] + picked[a, fold] - level.touched[a, place, fold])
+
+
+@numba.njit(cache=True, nogil=True)
+def over_folds(values: Floats, worst_fold: bool) -> float:
+    """The mean over folds, or a smooth maximum."""
+    if not worst_fold:
+        return float(values.mean())
+    total = 0.0
+    for value in values:
+        total += power(value, 4)
+    return root(total, 4)
+
+
+@numba.njit(cache=True, nogil=True)
+def descend(
+    tokens: Tokens,
+    rank_of: Ints,
+    zone_of: Ints,
+    load: Floats,
+    limit: float,
+    shape: tuple[int, int, int],
+    weights: Weights,
+    doublings: int,
+    worst_fold: bool,
+    order: Ints,
+) -> float:
+    """Give each expert its best swap, or move to a free slot, until none helps; changes `rank_of`, returns the value.
+
+    Args:
+        load: float64 (E,), and `limit`: the largest load of a rank, in the same unit.
+        shape: nodes, ranks a node, slots a rank.
+        doublings: norms have p = 2^doublings.
+        order: in which experts take turns.
+    """
+    num_nodes, ranks_per_node, slots_per_rank = shape
+    num_ranks = num_nodes * ranks_per_node
+    num_experts, num_folds = tokens.picked.shape
+    by_node = weights.node_ingress > 0
+    node_of = rank_of // ranks_per_node
+    ranks = _new_level(num_ranks, num_experts, num_folds)
+    nodes = _new_level(num_nodes if by_node else 0, num_experts if by_node else 0, num_folds)
+    seen = np.zeros(num_ranks, np.int64)
+    for row in range(len(tokens.sets)):
+        _tally(tokens.sets[row], tokens.folds[row], tokens.shares[row], rank_of, seen, ranks)
+        if by_node:
+            _tally(tokens.sets[row], tokens.folds[row], tokens.shares[row], node_of, seen, nodes)
+    rank_load, fold_load, count = np.zeros(num_ranks), np.zeros((num_ranks, num_folds)), np.zeros(num_ranks, np.int64)
+    affinity = np.zeros((num_experts, num_ranks))
+    for expert in range(num_experts):
+        rank_load[rank_of[expert]] += load[expert]
+        count[rank_of[expert]] += 1
+        fold_load[rank_of[expert]] += tokens.picked[expert] / tokens.mean_load
+        if weights.collaboration > 0:
+            affinity[:, rank_of[expert]] += tokens.coactivation[:, expert]
+    reach_powers, node_powers, load_powers = np.zeros(num_folds), np.zeros(num_folds), np.zeros(num_folds)
+    trial = np.empty(num_folds)
+    value = 0.0
+    quiet, turn = 0, 0
+    stale = True
+    while quiet < num_experts:
+        if stale:
+            for fold in range(num_folds):
+                reach_powers[fold], node_powers[fold], load_powers[fold] = 0.0, 0.0, 0.0
+                fan_out = 0.0
+                for rank in range(num_ranks):
+                    reach_powers[fold] += power(ranks.reached[rank, fold], doublings)
+                    load_powers[fold] += power(fold_load[rank, fold], doublings)
+                    fan_out += ranks.reached[rank, fold]
+                for node in range(len(nodes.reached)):
+                    node_powers[fold] += power(nodes.reached[node, fold], doublings)
+                trial[fold] = weights.ingress * root(reach_powers[fold], doublings) + weights.fan_out * fan_out
+                trial[fold] += weights.load * root(load_powers[fold], doublings)
+                if by_node:
+                    trial[fold] += weights.node_ingress * root(node_powers[fold], doublings)
+            value = over_folds(trial, worst_fold)
+            stale = False
+        a = order[turn % num_experts]
+        turn += 1
+        r = rank_of[a]
+        best, best_b, best_s = value - 1e-10 * abs(value) - 1e-15, -1, -1
+        for candidate in range(num_experts + num_ranks):
+            b = candidate if candidate < num_experts else -1
+            s = rank_of[b] if b >= 0 else candidate - num_experts
+            if s == r or (b >= 0 and zone_of[a] != zone_of[b]) or (b < 0 and count[s] >= slots_per_rank):
+                continue
+            shift = (load[b] if b >= 0 else 0.0) - load[a]
+            if (shift > 0 and rank_load[r] + shift > limit) or (shift < 0 and rank_load[s] - shift > limit):
+                continue
+            if b < 0 and zone_of.max() > 0:  # zones keep their places
+                continue
+            gain = 0.0
+            if weights.collaboration > 0:
+                gain = affinity[a, s] - affinity[a, r]
+                if b >= 0:
+                    gain += affinity[b, r] - affinity[b, s] - 2 * tokens.coactivation[a, b]
+            for fold in range(num_folds):
+                new_r = _after(ranks, tokens.picked, a, b, r, fold)
+                if b >= 0:
+                    new_s = _after(ranks, tokens.picked, b, a, s, fold)
+                else:
+                    new_s = _joined(ranks, tokens.picked, a, s, fold)
+                old_r, old_s = ranks.reached[r, fold], ranks.reached[s, fold]
+                total = 0.0
+                if weights.ingress > 0:
+                    powers = reach_powers[fold] + power(new_r, doublings) + power(new_s, doublings)
+                    powers -= power(old_r, doublings) + power(old_s, doublings)
+                    total += weights.ingress * root(max(powers, 0.0), doublings)
+                if weights.fan_out > 0:
+                    total += weights.fan_out * (ranks.reached[:, fold].sum() + new_r + new_s - old_r - old_s)
+                if weights.load > 0:
+                    change = ((tokens.picked[b, fold] if b >= 0 else 0.0) - tokens.picked[a, fold]) / tokens.mean_load[
+                        fold
+                    ]
+                    old_r, old_s = fold_load[r, fold], fold_load[s, fold]
+                    powers = load_powers[fold] + power(old_r + change, doublings) + power(old_s - change, doublings)
+                    powers -= power(old_r, doublings) + power(old_s, doublings)
+                    total += weights.load * root(max(powers, 0.0), doublings)
+                if by_node:
+                    u, v = r // ranks_per_node, s // ranks_per_node
+                    powers = node_powers[fold]
+                    if u != v:
+                        new_u = _after(nodes, tokens.picked, a, b, u, fold)
+                        if b >= 0:
+                            new_v = _after(nodes, tokens.picked, b, a, v, fold)
+                        else:
+                            new_v = _joined(nodes, tokens.picked, a, v, fold)
+                        powers += power(new_u, doublings) + power(new_v, doublings)
+                        powers -= power(nodes.reached[u, fold], doublings) + power(nodes.reached[v, fold], doublings)
+                    total += weights.node_ingress * root(max(powers, 0.0), doublings)
+                trial[fold] = total
+            found = over_folds(trial, worst_fold) - weights.collaboration * gain
+            if found < best:
+                best, best_b, best_s = found, b, s
+        if best_s < 0:
+            quiet += 1
+            continue
+        quiet, stale = 0, True
+        b, s = best_b, best_s
+        for sign in (-1.0, 1.0):
+            for expert in (a, b):
+                if expert < 0:
+                    continue
+                for row in tokens.rows[tokens.first_row[expert] : tokens.first_row[expert + 1]]:
+                    experts = tokens.sets[row]
+                    if expert == b and _holds(experts, a):
+                        continue  # sets with both are tallied once
+                    _tally(experts, tokens.folds[row], sign * tokens.shares[row], rank_of, seen, ranks)
+                    if by_node:
+                        _tally(experts, tokens.folds[row], sign * tokens.shares[row], node_of, seen, nodes)
+            if sign < 0:
+                rank_of[a], node_of[a] = s, s // ranks_per_node
+                if b >= 0:
+                    rank_of[b], node_of[b] = r, r // ranks_per_node
+        shift = (load[b] if b >= 0 else 0.0) - load[a]
+        rank_load[r] += shift
+        rank_load[s] -= shift
+        if b < 0:
+            count[r] -= 1
+            count[s] += 1
+        for fold in range(num_folds):
+            change = ((tokens.picked[b, fold] if b >= 0 else 0.0) - tokens.picked[a, fold]) / tokens.mean_load[fold]
+            fold_load[r, fold] += change
+            fold_load[s, fold] -= change
+        if weights.collaboration > 0:
+            affinity[:, r] -= tokens.coactivation[:, a]
+            affinity[:, s] += tokens.coactivation[:, a]
+            if b >= 0:
+                affinity[:, r] += tokens.coactivation[:, b]
+                affinity[:, s] -= tokens.coactivation[:, b]
+    apart = 0.0
+    if weights.collaboration > 0:
+        for expert in range(num_experts):
+            apart -= affinity[expert, rank_of[expert]] / 2
+    return value + weights.collaboration * (1.0 + apart)
+
+
+@numba.njit(cache=True, nogil=True)
+def _holds(experts: npt.NDArray[np.int32], expert: int) -> bool:
+    found = False
+    for other in experts:
+        found = found or other == expert
+    return found
