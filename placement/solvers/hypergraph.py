@@ -14,11 +14,11 @@ from placement.solvers.copies import with_copies
 from placement.solvers.equal_sizes import RankOfExpert, equal_sizes, with_best_swaps, with_equal_sizes
 from profiler.errors import CoterieError
 
-MAX_PINS = 80_000
-"""Sets times their size.  Where tokens picked more distinct sets, only the heaviest count: time grows with them (10,000
-sets of 8 on 32 ranks take about 2 s a start)."""
+MAX_PINS = 60_000
+"""Sets times their size.  Where tokens picked more distinct sets, only the heaviest count: time grows with them (7,500
+sets of 8 on 32 ranks take about 3 s a start)."""
 
-NUM_STARTS = 4
+NUM_STARTS = 3
 NUM_VCYCLES = 3
 
 _one_at_a_time = Lock()  # Mt-KaHyPar's seed and threads belong to the process
@@ -41,7 +41,8 @@ def hypergraph(problem: LayerProblem, rng: np.random.Generator) -> Slots:
 
 def _partition(problem: LayerProblem, rng: np.random.Generator) -> RankOfExpert:
     """The rank of each expert; Mt-KaHyPar takes at least two parts, and edges of at least two nodes."""
-    kahypar, initializer = _library()
+    with _one_at_a_time:
+        kahypar, initializer = _library()
     num_experts, num_ranks = problem.num_experts, problem.num_ranks
     sets, weights = _heaviest(problem)
     if num_ranks == 1 or len(sets) == 0:
