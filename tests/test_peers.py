@@ -3,6 +3,7 @@
 import importlib
 import itertools
 import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -102,6 +103,17 @@ def test_many_experts_on_many_ranks(name):
     held = on_ranks(strategy(name)(problem, np.random.default_rng(0)), topology)
     assert [len(set(experts)) for experts in held] == [9] * 32
     assert set().union(*held) == set(range(256))
+
+
+@pytest.mark.parametrize("name", COLLABORATION)
+def test_layers_planned_at_once_are_planned_alike(name):
+    """Libraries keep seeds and threads of their own."""
+    place = strategy(name)
+    problems = [problem_of(random_ids(seed, 1, 800, 32, 4), 32, Topology(1, 8, 4)) for seed in range(6)]
+    one_by_one = [place(problem, np.random.default_rng(0)).tolist() for problem in problems]
+    with ThreadPoolExecutor(4) as pool:
+        at_once = list(pool.map(lambda problem: place(problem, np.random.default_rng(0)).tolist(), problems))
+    assert one_by_one == at_once
 
 
 @pytest.mark.parametrize("name", COLLABORATION)
