@@ -17,9 +17,9 @@ TOTAL_EDGE_WEIGHT = 2**29
 def metis(problem: LayerProblem, rng: np.random.Generator) -> Slots:
     """The least cut of several runs of METIS (Karypis and Kumar, 1998), its parts made equal.
 
-    Recursive bisection, which suits dense graphs better than METIS's k-way scheme.  Vertices weigh one each: ranks hold
-    equal counts, and weighing by load cut more once counts were repaired.  METIS leaves parts a few per cent apart, so
-    experts are moved until sizes are equal, then swapped while that lowers the cut.
+    Recursive bisection, which suits dense graphs better than METIS's k-way scheme.  Vertices weigh one each, since
+    ranks hold equal counts.  METIS leaves parts a few per cent apart, so experts are moved until sizes are equal, then
+    swapped while that lowers the cut.
     """
     num_experts, num_ranks = problem.num_experts, problem.num_ranks
     collaboration = problem.coactivation

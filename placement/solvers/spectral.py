@@ -21,9 +21,9 @@ def spectral(problem: LayerProblem, rng: np.random.Generator) -> Slots:
 
     The embedding is that of Ng, Jordan and Weiss (2002): the R leading eigenvectors of D^-1/2 A D^-1/2, rows at unit
     length; each vector is scaled by the root of its eigenvalue, as in the kernel that makes k-means a normalised cut
-    (Dhillon, Guan and Kulis, 2004), which found less cut here than vectors of equal length.  Clusters are k-means with
-    equal sizes: an optimal assignment of experts to as many places round each centre as the rank has (Malinen and
-    Fränti, 2014), then new centres.  Of several starts the one with most co-activation inside ranks is taken.
+    (Dhillon, Guan and Kulis, 2004).  Clusters are k-means with equal sizes: an optimal assignment of experts to as many
+    places round each centre as the rank has (Malinen and Fränti, 2014), then new centres.  Of several starts the one
+    with most co-activation inside ranks is taken.
     """
     collaboration = problem.coactivation
     sizes = equal_sizes(problem.num_experts, problem.num_ranks)
