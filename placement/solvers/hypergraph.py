@@ -14,12 +14,11 @@ from placement.solvers.copies import with_copies
 from placement.solvers.equal_sizes import RankOfExpert, equal_sizes, with_best_swaps, with_equal_sizes
 from profiler.errors import CoterieError
 
-MAX_PINS = 80_000
-"""Sets times their size.  Where tokens picked more distinct sets, only the heaviest count: time grows with them (10,000
-sets of 8 on 32 ranks take about 2 s a start)."""
+MAX_PINS = 60_000
+"""Sets times their size.  Where tokens picked more distinct sets, only the heaviest count: time grows with them (7,500
+sets of 8 on 32 ranks take about 4 s a start)."""
 
-NUM_STARTS = 4
-NUM_VCYCLES = 3
+NUM_STARTS = 2
 
 _one_at_a_time = Lock()  # Mt-KaHyPar's seed and threads belong to the process
 
@@ -27,10 +26,11 @@ _one_at_a_time = Lock()  # Mt-KaHyPar's seed and threads belong to the process
 def hypergraph(problem: LayerProblem, rng: np.random.Generator) -> Slots:
     """Experts are nodes and token sets weighted hyperedges: the connectivity objective (km1) is the fan-out less one.
 
-    Mt-KaHyPar (Gottesbüren et al., 2022) at its preset `QUALITY` on one thread, which repeats itself; experts weigh one
-    each and no rank may exceed its equal share.  With so little slack its local search, which moves one node at a time,
-    has nowhere to go, so that its own seeds differ little: starts differ in the order of experts instead, and each
-    result is also tried after swaps that raise the co-activation inside ranks.  The least connectivity is taken.
+    Mt-KaHyPar (Gottesbüren et al., 2022) at its preset `DETERMINISTIC_QUALITY`, since `QUALITY` does not always repeat
+    itself even on one thread.  Experts weigh one each and no rank may exceed its equal share.  With so little slack its
+    local search, which moves one node at a time, has nowhere to go, so that its own seeds differ little: starts differ
+    in the order of experts instead, and each result is also tried after swaps that raise the co-activation inside
+    ranks.  The least connectivity is taken.
 
     Raises:
         CoterieError: Mt-KaHyPar is not installed.
@@ -41,7 +41,8 @@ def hypergraph(problem: LayerProblem, rng: np.random.Generator) -> Slots:
 
 def _partition(problem: LayerProblem, rng: np.random.Generator) -> RankOfExpert:
     """The rank of each expert; Mt-KaHyPar takes at least two parts, and edges of at least two nodes."""
-    kahypar, initializer = _library()
+    with _one_at_a_time:
+        kahypar, initializer = _library()
     num_experts, num_ranks = problem.num_experts, problem.num_ranks
     sets, weights = _heaviest(problem)
     if num_ranks == 1 or len(sets) == 0:
@@ -53,9 +54,8 @@ def _partition(problem: LayerProblem, rng: np.random.Generator) -> RankOfExpert:
         edges = [label[row[row >= 0]].tolist() for row in sets]
         with _one_at_a_time:
             kahypar.set_seed(int(rng.integers(2**31)))  # read when the context is made
-            context = initializer.context_from_preset(kahypar.PresetType.QUALITY)
+            context = initializer.context_from_preset(kahypar.PresetType.DETERMINISTIC_QUALITY)
             context.logging = False
-            context.num_vcycles = NUM_VCYCLES
             context.set_partitioning_parameters(num_ranks, 0.0, kahypar.Objective.KM1)
             context.set_individual_target_block_weights(sizes.tolist())
             unit = [1] * num_experts

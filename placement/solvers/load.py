@@ -58,20 +58,22 @@ def _packed(items: Ints, item_load: Floats, num_parts: int, capacity: int) -> li
         with_room = [part for part in range(num_parts) if len(parts[part]) < capacity]
         part = min((part for part in with_room if item not in parts[part]), key=part_load.__getitem__, default=None)
         if part is None:
-            part = _make_room(item, with_room, parts, part_load)
+            part = _make_room(item, weight, with_room, parts, part_load)
         parts[part][item] = weight
         part_load[part] += weight
     return [list(part) for part in parts]
 
 
-def _make_room(item: int, with_room: list[int], parts: list[dict[int, float]], part_load: Floats) -> int:
+def _make_room(
+    item: int, item_load: float, with_room: list[int], parts: list[dict[int, float]], part_load: Floats
+) -> int:
     """Where only parts with a copy of the item have room: move another item there from a full part without it.
 
     There always is one: the full part holds more items than the one with room, so one at least that is not there.
-    Of these moves the one is made that leaves the lighter load where the item then goes.
+    Of these moves the one is made after which the busier of the two parts has least to do.
     """
     moves = [
-        (part_load[full] - weight, full, target, other)
+        (max(part_load[full] - weight + item_load, part_load[target] + weight), full, target, other)
         for target in with_room
         for full, held in enumerate(parts)
         if item not in held

@@ -17,7 +17,7 @@ TOTAL_EDGE_WEIGHT = 2**29
 def metis(problem: LayerProblem, rng: np.random.Generator) -> Slots:
     """The least cut of several runs of METIS (Karypis and Kumar, 1998), its parts made equal.
 
-    Recursive bisection, which suits dense graphs better than METIS's k-way scheme; vertices weigh one each, since
+    Recursive bisection, which suits dense graphs better than METIS's k-way scheme.  Vertices weigh one each, since
     ranks hold equal counts.  METIS leaves parts a few per cent apart, so experts are moved until sizes are equal, then
     swapped while that lowers the cut.
     """

@@ -10,7 +10,7 @@ from placement.solvers.contract import LayerProblem, Slots, slots_of_ranks
 from placement.solvers.copies import with_copies
 from placement.solvers.equal_sizes import RankOfExpert, equal_sizes, intra_weight
 
-NUM_STARTS = 8
+NUM_STARTS = 24
 MAX_ROUNDS = 30
 
 Floats = npt.NDArray[np.float64]
@@ -20,9 +20,10 @@ def spectral(problem: LayerProblem, rng: np.random.Generator) -> Slots:
     """Cluster experts in the space of the leading eigenvectors of the normalised co-activation.
 
     The embedding is that of Ng, Jordan and Weiss (2002): the R leading eigenvectors of D^-1/2 A D^-1/2, rows at unit
-    length.  Clusters are k-means with equal sizes: an optimal assignment of experts to as many places round each centre
-    as the rank has (Malinen and Fränti, 2014), then new centres.  Of several starts the one with most co-activation
-    inside ranks is taken.
+    length; each vector is scaled by the root of its eigenvalue, as in the kernel that makes k-means a normalised cut
+    (Dhillon, Guan and Kulis, 2004).  Clusters are k-means with equal sizes: an optimal assignment of experts to as many
+    places round each centre as the rank has (Malinen and Fränti, 2014), then new centres.  Of several starts the one
+    with most co-activation inside ranks is taken.
     """
     collaboration = problem.coactivation
     sizes = equal_sizes(problem.num_experts, problem.num_ranks)
@@ -36,8 +37,8 @@ def _embedding(affinity: Floats, dimensions: int) -> Floats:
     """A point for each expert, float64 (E, dimensions), of unit length, or zero for experts that nothing touches."""
     degree = affinity.sum(axis=1)
     scale = np.where(degree > 0, 1 / np.sqrt(np.where(degree > 0, degree, 1)), 0)
-    _, vectors = np.linalg.eigh(scale[:, None] * affinity * scale)
-    leading: Floats = vectors[:, ::-1][:, :dimensions]
+    values, vectors = np.linalg.eigh(scale[:, None] * affinity * scale)
+    leading: Floats = (vectors * np.sqrt(np.maximum(values, 0)))[:, ::-1][:, :dimensions]
     norm = np.linalg.norm(leading, axis=1, keepdims=True)
     points: Floats = np.where((degree > 0)[:, None], leading / np.where(norm > 0, norm, 1), 0)
     return points
