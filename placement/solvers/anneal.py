@@ -10,6 +10,7 @@ that falls to nothing: simulated annealing (Kirkpatrick, Gelatt and Vecchi, 1983
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import numba
@@ -27,6 +28,12 @@ Ints = npt.NDArray[np.int64]
 TRIES_PER_KICK = 200
 """Changes tried for each kick that a search without copies would make; they cost about the same."""
 
+MAX_ROWS = 10_000
+"""Token sets to judge changes by: a draw of so many tokens where there are more."""
+
+LOAD_COUNTS = 4.0
+"""Copies can balance any load, and greedy choices lean to ranks that many tokens visit: load counts so much more."""
+
 HOTTEST = 0.004
 """Share of the objective by which a change may be worse and still be kept once in e times at the start."""
 
@@ -38,12 +45,13 @@ def search_copies(problem: LayerProblem, slots: Slots, rng: np.random.Generator,
     ranks_EX = np.full((problem.num_experts, topology.num_ranks), -1, dtype=np.int64)
     known = ranks_of_experts(slots, problem.num_experts, topology.slots_per_rank)
     ranks_EX[:, : known.shape[1]] = known
+    weights = weights_of(problem)
     _anneal(
-        prepare(problem),
+        prepare(_sample(problem, rng)),
         slots,
         ranks_EX,
         (topology.num_nodes, topology.ranks_per_node, topology.slots_per_rank),
-        weights_of(problem),
+        weights._replace(load=weights.load * LOAD_COUNTS),
         problem.load_cap,
         DOUBLINGS[-1],
         problem.worst_fold,
@@ -51,6 +59,17 @@ def search_copies(problem: LayerProblem, slots: Slots, rng: np.random.Generator,
         rng,
     )
     return slots
+
+
+def _sample(problem: LayerProblem, rng: np.random.Generator) -> LayerProblem:
+    """The problem, or one of `MAX_ROWS` tokens drawn from it with replacement."""
+    if len(problem.sets) <= MAX_ROWS:
+        return problem
+    drawn = rng.multinomial(MAX_ROWS, problem.weights / problem.weights.sum())
+    keep = drawn > 0
+    return replace(
+        problem, sets=problem.sets[keep], folds=problem.folds[keep], weights=drawn[keep].astype(np.float64)
+    )
 
 
 @numba.njit(cache=True, nogil=True)
