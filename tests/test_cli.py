@@ -83,6 +83,8 @@ def bad(tmp_path):
     shard = tmp_path / "cut.profile" / "tokens-00000.safetensors"
     shard.write_bytes(shard.read_bytes()[:-10])
     PlacementMap.linear(make_spec(2, 16, 2), Topology.for_experts(16, 2)).save(tmp_path / "other.json")
+    (tmp_path / "sglang.json").write_text(json.dumps({"physical_to_logical_map": [list(range(8))] * 2}))
+    (tmp_path / "short.json").write_text(json.dumps({"physical_to_logical_map": [list(range(8))]}))
     (tmp_path / "empty.txt").touch()
     (tmp_path / "some.txt").write_text("text")
     (tmp_path / "broken.json").write_text('{"schema_version": 1, ')
@@ -112,10 +114,26 @@ MISTAKES = {
     "output is something else": (["profile", "--max-tokens", "9", "-o", "{bad}/dense"], "is not a profile"),
     "missing profile": (["plan", "{bad}/nowhere", "--ranks", "2", "-o", "{bad}/out"], "not a profile"),
     "truncated profile": (["plan", "{bad}/cut.profile", "--ranks", "2", "-o", "{bad}/out"], "truncated or edited"),
-    "ranks that do not divide": (
-        ["plan", "{bad}/ok.profile", "--ranks", "3", "-o", "{bad}/out"],
-        "give --ranks one of 1, 2, 4, 8",
+    "more ranks than experts": (
+        ["plan", "{bad}/ok.profile", "--ranks", "9", "-o", "{bad}/out"],
+        "give --ranks from 1 to 8",
     ),
+    "unknown links": (
+        ["plan", "{bad}/ok.profile", "--ranks", "2", "--links", "smoke", "-o", "{bad}/out"],
+        "links 'smoke': not known; give one of h100",
+    ),
+    "domain weight without a number": (
+        ["plan", "{bad}/ok.profile", "--ranks", "2", "--domain-weight", "a", "-o", "{bad}/out"],
+        "must be a domain and a number",
+    ),
+    "unknown domain": (
+        ["plan", "{bad}/ok.profile", "--ranks", "2", "--domain-weight", "c=1", "-o", "{bad}/out"],
+        "domain 'c': the profile has a, b",
+    ),
+    "map that is none": (["evaluate", "{bad}/some.txt", "{bad}/ok.profile"], "not known as a map"),
+    "map without ranks": (["evaluate", "{bad}/sglang.json", "{bad}/ok.profile"], "give --ranks"),
+    "map of other layers": (["evaluate", "{bad}/short.json", "{bad}/ok.profile", "--ranks", "2"], "1 rows"),
+    "map to evaluate of another model": (["evaluate", "{bad}/other.json", "{bad}/ok.profile"], "the map is for"),
     "no ranks": (["plan", "{bad}/ok.profile", "--ranks", "0", "-o", "{bad}/out"], "0 ranks cannot share"),
     "unwritable output": (
         ["plan", "{bad}/ok.profile", "--ranks", "2", "-o", "{bad}/some.txt/out"],
@@ -238,3 +256,37 @@ def test_arrays_are_imported(monkeypatch, capsys, tmp_path):
     assert run(monkeypatch, "import", "numpy", tmp_path / "routing.npz", "-o", tmp_path / "out", "--json") == 0
     assert json.loads(capsys.readouterr().out)["num_tokens"] == 40
     assert run(monkeypatch, "import", "numpy", tmp_path / "nothing.npz", "-o", tmp_path / "out") == 1
+
+
+def test_foreign_maps_are_evaluated_like_ours(monkeypatch, capsys, bad):
+    """The same slots as SGLang's JSON, as EPLB's tensor in three kinds of file, and as our own map."""
+    import torch
+    from safetensors.numpy import save_file
+
+    rng = np.random.default_rng(0)
+    slots = np.stack([rng.permutation(8), rng.permutation(8)])
+    (bad / "map.json").write_text(json.dumps({"physical_to_logical_map": slots.tolist()}))
+    np.save(bad / "map.npy", slots)
+    save_file({"phy2log": slots}, bad / "map.safetensors")
+    torch.save({"phy2log": torch.from_numpy(slots)}, bad / "map.pt")
+    PlacementMap(make_spec(2, 8, 2), Topology(1, 2, 4), slots, {"name": "any"}).save(bad / "own.json")
+    figures = []
+    for name in ("map.json", "map.npy", "map.safetensors", "map.pt"):
+        assert run(monkeypatch, "evaluate", bad / name, bad / "ok.profile", "--ranks", 2, "--json") == 0
+        figures.append(list(json.loads(capsys.readouterr().out)["metrics"].values())[-1])
+    assert run(monkeypatch, "evaluate", bad / "own.json", bad / "ok.profile", "--layers", "--json") == 0
+    own = json.loads(capsys.readouterr().out)
+    assert all(figure == own["metrics"]["any"] for figure in figures)
+    assert len(own["layers"]["fan_out"]) == 2
+    assert run(monkeypatch, "evaluate", bad / "own.json", bad / "ok.profile", "--layers", "--links", "h100") == 0
+    assert "busiest" in capsys.readouterr().out
+
+
+def test_planning_with_everything(monkeypatch, capsys, bad):
+    arguments = ["plan", bad / "ok.profile", "--ranks", 4, "--nodes", 2, "--redundant-experts", 4, "--links", "h800"]
+    arguments += ["--compare", "--regret", "--robust", "--kicks", 2, "-o", bad / "plan.json"]
+    assert run(monkeypatch, *arguments) == 0
+    output = capsys.readouterr().out
+    for word in ("occult", "metis", "spectral", "quadratic", "search", "predicted", "regret"):
+        assert word in output
+    assert run(monkeypatch, "evaluate", bad / "plan.json", bad / "ok.profile", "--choice", "source") == 0

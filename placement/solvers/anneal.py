@@ -67,9 +67,7 @@ def _sample(problem: LayerProblem, rng: np.random.Generator) -> LayerProblem:
         return problem
     drawn = rng.multinomial(MAX_ROWS, problem.weights / problem.weights.sum())
     keep = drawn > 0
-    return replace(
-        problem, sets=problem.sets[keep], folds=problem.folds[keep], weights=drawn[keep].astype(np.float64)
-    )
+    return replace(problem, sets=problem.sets[keep], folds=problem.folds[keep], weights=drawn[keep].astype(np.float64))
 
 
 @numba.njit(cache=True, nogil=True)
