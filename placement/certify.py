@@ -180,7 +180,7 @@ def polish(problem: LayerProblem, starts: Sequence[npt.ArrayLike], time_limit: f
         exchanged[:, position] = np.tile(np.arange(problem.num_experts), len(groups))
         near.append(exchanged[(np.diff(np.sort(exchanged, axis=1), axis=1) > 0).all(axis=1)])
     columns = given_columns(problem, np.concatenate(near), _load_limit(problem))
-    found = _partitioned(least_maximum(columns, *_shape(problem), _rows(problem, columns, best), deadline), columns)
+    found = _partitioned(least_maximum(columns, problem.num_ranks, _rows(problem, columns, best), deadline), columns)
     assert found.ranks is not None  # the best start's groups are among the columns
     return _then_fan_out(problem, columns, found.ranks, deadline)
 
@@ -210,7 +210,7 @@ def _least_busiest(problem: LayerProblem, columns: Columns | None, start: Ints, 
     counted = _Found(start if _fits(problem, start) else None, _busiest_by_counting(problem), "counting")
     if columns is None:
         return counted
-    solved = least_maximum(columns, *_shape(problem), _rows(problem, columns, start), deadline)
+    solved = least_maximum(columns, problem.num_ranks, _rows(problem, columns, start), deadline)
     return _better(_partitioned(solved, columns), counted)
 
 
@@ -220,7 +220,7 @@ def _least_fan_out(problem: LayerProblem, columns: Columns | None, start: Ints, 
     counted = _Found(start if _fits(problem, start) else None, _fan_out_by_counting(problem), "counting")
     if columns is None:
         return counted
-    solved = least_sum(columns, *_shape(problem), _rows(problem, columns, start), deadline)
+    solved = least_sum(columns, problem.num_ranks, _rows(problem, columns, start), deadline)
     return _better(_partitioned(solved, columns), counted)
 
 
@@ -232,7 +232,7 @@ def _better(solved: _Found, counted: _Found) -> _Found:
 def _then_fan_out(problem: LayerProblem, columns: Columns, ranks: Ints, deadline: float) -> Ints:
     """The plan of least fan_out whose busiest rank is no busier than in the given one."""
     within = columns.first(columns.up_to(int(_ingress(problem, ranks).max())))
-    solved = least_sum(within, *_shape(problem), _rows(problem, within, ranks), deadline)
+    solved = least_sum(within, problem.num_ranks, _rows(problem, within, ranks), deadline)
     assert solved.rows is not None
     return _ranks_of(within.members[solved.rows])
 
@@ -321,10 +321,6 @@ def _busiest_by_counting(problem: LayerProblem) -> float:
     cheapest = np.sort(shares)[:others].sum()
     by_shares = np.ceil((shares.max() + cheapest) * (1 - 1e-9))
     return float(max(mean, by_pairs, by_shares))
-
-
-def _shape(problem: LayerProblem) -> tuple[int, int]:
-    return problem.num_experts, problem.num_ranks
 
 
 def _groups(problem: LayerProblem, ranks: Ints) -> Ints:

@@ -34,12 +34,12 @@ class Columns:
     Attributes:
         members: int16 (C, m), each row ascending.
         ingress: int64 (C,), tokens that picked at least one of the group.
-        load: int64 (C,), tokens times experts of the group that they picked.
+        expert_load: int64 (E,), tokens that picked each expert.
     """
 
     members: Members
     ingress: Ints
-    load: Ints
+    expert_load: Ints
 
     def __len__(self) -> int:
         return len(self.ingress)
@@ -50,7 +50,7 @@ class Columns:
 
     def first(self, end: int) -> Columns:
         """The first so many."""
-        return Columns(self.members[:end], self.ingress[:end], self.load[:end])
+        return Columns(self.members[:end], self.ingress[:end], self.expert_load)
 
     def rows_of(self, groups: npt.NDArray[np.integer]) -> Ints:
         """Rows of those of the groups (G, m), experts ascending, that are columns."""
@@ -79,17 +79,17 @@ def all_columns(problem: LayerProblem, load_limit: float) -> Columns:
     members = members[:kept]
     ingress = _ingress_by_parts(members, counts, first, binomial)
     order = np.argsort(ingress, kind="stable")
-    return Columns(members[order], ingress[order], load[members[order]].sum(axis=1))
+    return Columns(members[order], ingress[order], load)
 
 
 def given_columns(problem: LayerProblem, groups: npt.NDArray[np.integer], load_limit: float) -> Columns:
     """The given groups (C, m), each once, that are within the load limit."""
     members = np.unique(np.sort(groups, axis=1), axis=0).astype(np.int16)
-    load = problem.expert_load.astype(np.int64)[members].sum(axis=1)
-    members, load = members[load <= load_limit], load[load <= load_limit]
+    load = problem.expert_load.astype(np.int64)
+    members = members[load[members].sum(axis=1) <= load_limit]
     ingress = _ingress_by_scan(members, *_sets_of_experts(problem), problem.weights.astype(np.int64))
     order = np.argsort(ingress, kind="stable")
-    return Columns(members[order], ingress[order], load[order])
+    return Columns(members[order], ingress[order], load)
 
 
 def _sets_of_experts(problem: LayerProblem) -> tuple[Ints, Ints]:

@@ -55,7 +55,7 @@ class Solved(NamedTuple):
     bound: int
 
 
-def least_maximum(columns: Columns, num_experts: int, num_ranks: int, start: Ints | None, deadline: float) -> Solved:
+def least_maximum(columns: Columns, num_ranks: int, start: Ints | None, deadline: float) -> Solved:
     """The partition whose largest ingress is least.
 
     Bisects on the largest ingress that groups may have: by relaxations alone first, which are fast, then by search.
@@ -64,10 +64,10 @@ def least_maximum(columns: Columns, num_experts: int, num_ranks: int, start: Int
         start: rows of a partition, or None.
         deadline: of `time.perf_counter`.
     """
-    known = _any_partition(columns, num_experts, num_ranks, start, deadline)
+    known = _any_partition(columns, num_ranks, start, deadline)
     if known.rows is None:
         return known
-    search = _Search(columns, np.zeros(len(columns), dtype=np.int64), num_experts, num_ranks, known.rows)
+    search = _Search(columns, np.zeros(len(columns), dtype=np.int64), num_ranks, known.rows)
 
     def relax(most: int, until: float) -> Solved:
         end = columns.up_to(most)
@@ -85,12 +85,12 @@ def least_maximum(columns: Columns, num_experts: int, num_ranks: int, start: Int
     return _bisect(known._replace(bound=_bisect(known, relax, deadline).bound), find, deadline)
 
 
-def least_sum(columns: Columns, num_experts: int, num_ranks: int, start: Ints | None, deadline: float) -> Solved:
+def least_sum(columns: Columns, num_ranks: int, start: Ints | None, deadline: float) -> Solved:
     """The partition whose ingress is least in sum; arguments as for `least_maximum`."""
-    known = _any_partition(columns, num_experts, num_ranks, start, deadline)
+    known = _any_partition(columns, num_ranks, start, deadline)
     if known.rows is None:
         return known
-    search = _Search(columns, columns.ingress, num_experts, num_ranks, known.rows)
+    search = _Search(columns, columns.ingress, num_ranks, known.rows)
     everything = np.arange(len(columns))
 
     def find(most: int, until: float) -> Solved:
@@ -103,11 +103,11 @@ def least_sum(columns: Columns, num_experts: int, num_ranks: int, start: Ints | 
     return _bisect(Solved(known.rows, value, search.relax(everything, value, deadline).bound), find, deadline)
 
 
-def _any_partition(columns: Columns, num_experts: int, num_ranks: int, start: Ints | None, deadline: float) -> Solved:
+def _any_partition(columns: Columns, num_ranks: int, start: Ints | None, deadline: float) -> Solved:
     """`start`, or else any partition; without its value."""
     if start is not None:
         return Solved(start, NEVER, 0)
-    search = _Search(columns, np.zeros(len(columns), dtype=np.int64), num_experts, num_ranks, None)
+    search = _Search(columns, np.zeros(len(columns), dtype=np.int64), num_ranks, None)
     rows, certain = search.find(np.arange(len(columns)), 0, deadline)
     return Solved(rows, NEVER, NEVER if rows is None and certain else 0)
 
@@ -147,8 +147,9 @@ class _Relaxed(NamedTuple):
 class _Search:
     """Partitions into columns, each at a cost; what linear programs came to is kept from one question to the next."""
 
-    def __init__(self, columns: Columns, cost: Ints, num_experts: int, num_ranks: int, start: Ints | None) -> None:
-        self.columns, self.cost, self.num_experts, self.num_ranks = columns, cost, num_experts, num_ranks
+    def __init__(self, columns: Columns, cost: Ints, num_ranks: int, start: Ints | None) -> None:
+        self.columns, self.cost, self.num_ranks = columns, cost, num_ranks
+        self.num_experts = len(columns.expert_load)
         self.in_program = np.zeros(len(columns), dtype=bool)
         if start is not None:
             self.in_program[start] = True
@@ -170,8 +171,10 @@ class _Search:
                 for j in range(i):
                     np.add.at(together, (members[used, j], members[used, i]), share)
             undecided = np.minimum(together, 1 - together)
-            a, b = np.unravel_index(int(undecided.argmax()), undecided.shape)
-            if undecided[a, b] > WHOLE:
+            undecided[undecided < WHOLE] = 0
+            heat = 1 + np.add.outer(self.columns.expert_load, self.columns.expert_load)  # hot experts have least choice
+            a, b = np.unravel_index(int((undecided * heat).argmax()), undecided.shape)
+            if undecided[a, b] > 0:
                 has_a, has_b = ((members[rows] == expert).any(axis=1) for expert in (a, b))
                 nodes += [rows[~(has_a & has_b)], rows[has_a == has_b]]  # on one rank is tried first
                 continue

@@ -149,8 +149,9 @@ def test_ingress_of_groups_by_either_way(problem):
         ) == dict(zip(map(tuple, other.members.tolist()), zip(other.ingress, other.load, strict=True), strict=True))
     group = columns.members[len(columns) // 2].tolist()
     ingress, load = slow_figures(problem, [group])
-    row = columns.rows_of(np.array([group]))
-    assert [columns.ingress[row], columns.load[row]] == [ingress, load]
+    assert columns.ingress[columns.rows_of(np.array([group]))] == ingress
+    assert len(given_columns(problem, np.array([group]), load[0])) == 1
+    assert len(given_columns(problem, np.array([group]), load[0] - 1)) == 0
 
 
 def test_search_branches_where_the_relaxation_is_not_whole():
@@ -160,9 +161,9 @@ def test_search_branches_where_the_relaxation_is_not_whole():
         sets, np.zeros(6, dtype=np.int64), np.full(6, 10.0), 6, Topology.for_experts(6, 3), load_cap=9.0
     )
     columns = all_columns(problem, np.inf)
-    found = least_sum(columns, 6, 3, None, time.perf_counter() + FAR)
+    found = least_sum(columns, 3, None, time.perf_counter() + FAR)
     assert found.value == found.bound == 100  # 12 tokens' picks less 2 pairs together
-    found = least_maximum(columns, 6, 3, None, time.perf_counter() + FAR)
+    found = least_maximum(columns, 3, None, time.perf_counter() + FAR)
     assert found.value == found.bound == 40
 
 
@@ -225,7 +226,7 @@ def test_what_is_refused():
 def test_columns_of_no_partition():
     problem = problem_of(np.array([[0, 1]], dtype=np.uint8), 4, 2, 9.0)
     columns = given_columns(problem, np.array([[0, 1], [0, 2]]), np.inf)
-    assert least_maximum(columns, 4, 2, None, time.perf_counter() + FAR) == (None, NEVER, NEVER)
+    assert least_maximum(columns, 2, None, time.perf_counter() + FAR) == (None, NEVER, NEVER)
 
 
 needs_traces = pytest.mark.skipif(not recorded.FOLDER.is_dir(), reason="no recorded traces; set COTERIE_TRACES")
