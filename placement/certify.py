@@ -102,16 +102,16 @@ def certify(problem: LayerProblem, rank_of_expert: npt.ArrayLike, time_limit: fl
 
     Args:
         rank_of_expert: int (E,), `slots_per_rank` experts on each rank.
-        time_limit: seconds, both metrics together.
+        time_limit: seconds, both metrics together, after groups are enumerated (half a minute at most).
 
     Raises:
         CoterieError: as `optimal_busiest_ingress` does.
     """
-    started = time.perf_counter()
     problem = _checked(problem)
     plan = _checked_plan(problem, rank_of_expert)
     problem = replace(problem, load_cap=max(problem.load_cap, _imbalance(problem, plan)))
     columns = _columns(problem)
+    started = time.perf_counter()
     ingress, total = _ingress(problem, plan), problem.total_weight
     busiest = _least_busiest(problem, columns, plan, started + time_limit / 2)
     fan_out = _least_fan_out(problem, columns, plan, started + time_limit)
@@ -127,14 +127,14 @@ def optimal_busiest_ingress(problem: LayerProblem, start: npt.ArrayLike, time_li
 
     Args:
         start: int (E,), rank_of_expert of any plan; a good one saves time.
-        time_limit: seconds.
+        time_limit: seconds, after groups are enumerated (half a minute at most).
 
     Raises:
         CoterieError: redundant or empty slots, weights that are not whole, or a plan that does not fit the ranks.
     """
     problem = _checked(problem)
-    deadline = time.perf_counter() + time_limit
     columns = _columns(problem)
+    deadline = time.perf_counter() + time_limit
     found = _least_busiest(problem, columns, _checked_plan(problem, start), deadline)
     if found.ranks is not None and columns is not None:
         found = found._replace(ranks=_then_fan_out(problem, columns, found.ranks, deadline))
@@ -144,8 +144,9 @@ def optimal_busiest_ingress(problem: LayerProblem, start: npt.ArrayLike, time_li
 def optimal_fan_out(problem: LayerProblem, start: npt.ArrayLike, time_limit: float = 60.0) -> Optimum:
     """The least possible fan_out within the load cap; arguments and errors as for `optimal_busiest_ingress`."""
     problem = _checked(problem)
+    columns = _columns(problem)
     deadline = time.perf_counter() + time_limit
-    found = _least_fan_out(problem, _columns(problem), _checked_plan(problem, start), deadline)
+    found = _least_fan_out(problem, columns, _checked_plan(problem, start), deadline)
     return _optimum(problem, "fan_out", found)
 
 
