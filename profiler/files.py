@@ -6,6 +6,7 @@ import contextlib
 import errno
 import json
 import os
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -52,8 +53,11 @@ def write_text(path: Path, text: str) -> None:
     write_bytes(path, text.encode("utf-8"))
 
 
-def write_bytes(path: Path, *parts: bytes) -> None:
-    """Write one file from its parts, renamed into place when it is complete and on the disk.
+def write_bytes(path: Path, *parts: bytes, to_disk: bool = True) -> None:
+    """Write one file from its parts, renamed into place when it is complete.
+
+    Args:
+        to_disk: wait until it is on the disk, so that it outlives the machine's power and not only the process.
 
     Raises:
         CoterieError: the file cannot be written.
@@ -64,7 +68,8 @@ def write_bytes(path: Path, *parts: bytes) -> None:
         with temporary.open("wb") as file:
             file.writelines(parts)
             file.flush()
-            os.fsync(file.fileno())
+            if to_disk:
+                os.fsync(file.fileno())
         temporary.replace(path)
     except OSError as error:
         remedy = "free some space" if error.errno == errno.ENOSPC else "give a writable path to -o"
@@ -72,6 +77,20 @@ def write_bytes(path: Path, *parts: bytes) -> None:
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink()
+
+
+def sync(paths: Iterable[Path]) -> None:
+    """Wait until files are on the disk.
+
+    Raises:
+        CoterieError: the disk refuses one of them.
+    """
+    for path in paths:
+        try:
+            with path.open("rb") as file:
+                os.fsync(file.fileno())
+        except OSError as error:
+            raise CoterieError(f"{path}: cannot be written ({error.strerror}); free some space") from error
 
 
 def read_json(path: Path, what: str, remedy: str) -> dict[str, Any]:

@@ -21,7 +21,7 @@ from safetensors.numpy import save as to_safetensors
 
 from profiler.counts import Counts
 from profiler.errors import CoterieError
-from profiler.files import require_writable_parent, write_bytes
+from profiler.files import require_writable_parent, sync, write_bytes
 from profiler.spec import MoESpec
 from profiler.trace import TokenTrace
 
@@ -140,13 +140,13 @@ def require_replaceable(folder: Path) -> None:
 
 
 def write_shard(unfinished: Path, number: int, trace: TokenTrace) -> tuple[str, str]:
-    """Write one shard of at most `TOKENS_PER_SHARD` tokens; returns its name and hash.
+    """Write one shard of at most `TOKENS_PER_SHARD` tokens, not yet surely on the disk; returns its name and hash.
 
     Raises:
         CoterieError: it cannot be written.
     """
     name, data = shard_name(number), shard_bytes(trace)
-    write_bytes(unfinished / name, data)
+    write_bytes(unfinished / name, data, to_disk=False)  # waiting would hold up each pass that completes a shard
     return name, hashlib.sha256(data).hexdigest()
 
 
@@ -165,6 +165,7 @@ def finish(
     Raises:
         CoterieError: something cannot be written; what had that name before is still there then.
     """
+    sync(unfinished / name for name in shard_hashes)
     data = counts_bytes(counts)
     write_bytes(unfinished / "counts.safetensors", data)
     files = {"counts.safetensors": hashlib.sha256(data).hexdigest(), **shard_hashes}

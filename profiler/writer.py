@@ -23,7 +23,7 @@ from safetensors.numpy import save as to_safetensors
 
 from profiler.counts import Counts, Tally
 from profiler.errors import CoterieError
-from profiler.files import write_bytes
+from profiler.files import sync, write_bytes
 from profiler.folder import (
     CHECKPOINT,
     TOKENS_PER_SHARD,
@@ -160,6 +160,7 @@ class ProfileWriter:
         self._keeps_all = max_traced_tokens is None
         self._pending: list[TokenTrace] = []  # not in a shard yet
         self._hashes: dict[str, str] = {}
+        self._synced = 0  # shards that are surely on the disk
         self._traced = 0
         self._run = {"model": model.to_json(), "domains": list(domains), "max_traced_tokens": max_traced_tokens}
         self._run |= {"seed": seed, **(run or {})}
@@ -213,6 +214,8 @@ class ProfileWriter:
             CoterieError: it cannot be written; the one before it stays.
         """
         started = time.monotonic()
+        sync(self._unfinished / name for name in list(self._hashes)[self._synced :])
+        self._synced = len(self._hashes)
         self.position = dict(position)
         note = {
             "run": self._run,
@@ -250,7 +253,7 @@ class ProfileWriter:
             raise CoterieError("no token was recorded: give text with at least one token")
         if self._reservoir:
             sample = self._reservoir.trace()
-            self._hashes, self._traced = {}, 0
+            self._hashes, self._traced, self._synced = {}, 0, 0
             self._pending = [] if sample is None else [sample]
         self._write_shards(last=True)
         dummy = self._sketch.dummy_tokens(self._model, self.num_tokens)
@@ -307,6 +310,7 @@ class ProfileWriter:
 
         self.position = note["position"]
         self._hashes, self._traced = note["hashes"], note["traced"]
+        self._synced = len(self._hashes)
         for name, expected in self._hashes.items():
             require_hash(self._unfinished / name, expected)
         self._tally.restore(group("tally"))
