@@ -58,13 +58,12 @@ class Tally:
 
     def add(self, trace: TokenTrace) -> None:
         """Count more tokens; the trace must have passed `TokenTrace.require`."""
-        ids, domains = trace.topk_ids, trace.domain_ids
-        no_expert = np.iinfo(ids.dtype).max
-        np.add.at(self._tokens, domains, 1)
-        for layer in range(len(ids)):
-            _count_layer(ids[layer], domains, no_expert, self._load[:, layer], self._ordered[:, layer])
-            if layer:
-                _count_transition(ids[layer - 1], ids[layer], domains, no_expert, self._transition[:, layer - 1])
+        domains = np.unique(trace.domain_ids).tolist()
+        for domain in domains:
+            ids = trace.topk_ids if len(domains) == 1 else trace.topk_ids[:, trace.domain_ids == domain]
+            self._tokens[domain] += ids.shape[1]
+            no_expert = np.iinfo(ids.dtype).max
+            _count(ids, no_expert, self._load[domain], self._ordered[domain], self._transition[domain])
 
     def add_counts(self, counts: Counts, domains: list[int]) -> None:
         """Add what was counted elsewhere; its domain d is domain `domains[d]` here."""
@@ -102,31 +101,30 @@ def count(trace: TokenTrace, model: MoESpec, num_domains: int) -> Counts:
 
 
 @numba.njit(cache=True, nogil=True)
-def _count_layer(ids_TK: Ids, domain_T: Ids, no_expert: int, load_DE: Int64s, ordered_DEE: Int64s) -> None:
-    num_tokens, top_k = ids_TK.shape
-    for token in range(num_tokens):
-        domain = domain_T[token]
-        for first in range(top_k):
-            a = ids_TK[token, first]
-            if a == no_expert:
-                continue
-            load_DE[domain, a] += 1
-            for second in range(first + 1, top_k):
-                b = ids_TK[token, second]
-                if b != no_expert:
-                    ordered_DEE[domain, a, b] += 1
-
-
-@numba.njit(cache=True, nogil=True)
-def _count_transition(from_TK: Ids, to_TK: Ids, domain_T: Ids, no_expert: int, transition_DEE: Int64s) -> None:
-    num_tokens, top_k = from_TK.shape
-    for token in range(num_tokens):
-        domain = domain_T[token]
-        for first in range(top_k):
-            a = from_TK[token, first]
-            if a == no_expert:
-                continue
-            for second in range(top_k):
-                b = to_TK[token, second]
-                if b != no_expert:
-                    transition_DEE[domain, a, b] += 1
+def _count(ids_LTK: Ids, no_expert: int, load_LE: Int64s, ordered_LEE: Int64s, transition_LEE: Int64s) -> None:
+    num_layers, num_tokens, top_k = ids_LTK.shape
+    num_experts = load_LE.shape[1]
+    # Half as wide as the sums, so that they stay in the fastest memory.
+    pairs = np.zeros((num_experts, num_experts), np.uint32)
+    onward = np.zeros((num_experts, num_experts), np.uint32)
+    for layer in range(num_layers):
+        pairs[:] = 0
+        onward[:] = 0
+        for token in range(num_tokens):
+            for first in range(top_k):
+                a = ids_LTK[layer, token, first]
+                if a == no_expert:
+                    continue
+                load_LE[layer, a] += 1
+                for second in range(first + 1, top_k):
+                    b = ids_LTK[layer, token, second]
+                    if b != no_expert:
+                        pairs[a, b] += np.uint32(1)
+                if layer:
+                    for second in range(top_k):
+                        b = ids_LTK[layer - 1, token, second]
+                        if b != no_expert:
+                            onward[b, a] += np.uint32(1)
+        ordered_LEE[layer] += pairs
+        if layer:
+            transition_LEE[layer - 1] += onward

@@ -185,7 +185,7 @@ class Recorder:
             CoterieError: a layer did not run, announced other than top-k of every token, an expert that it does not
                 have, or weights that are no numbers.
         """
-        chosen, weights, faults = [], [], []
+        chosen, weights = [], []
         everything = num_kept == len(keep_T)
         for index, layer in enumerate(self._layers):
             seen = selections.get(index)
@@ -196,21 +196,19 @@ class Recorder:
                     "model's experts are called in a way that coterie does not know; see profiler.families"
                 )
             ids_TK, weights_TK = seen.ids.detach().reshape(len(keep_T), -1), seen.weights
-            if not everything:
-                ids_TK = ids_TK[keep_T.to(ids_TK.device)]
             if weights_TK is not None:
                 weights_TK = weights_TK.detach().reshape(len(keep_T), -1)
-                if not everything:
-                    weights_TK = weights_TK[keep_T.to(weights_TK.device)]
-                faults.append(~weights_TK.isfinite().all())
-            else:
-                faults.append(torch.zeros((), dtype=torch.bool, device=ids_TK.device))
+            if not everything:
+                ids_TK = ids_TK[keep_T.to(ids_TK.device)]
+                weights_TK = weights_TK if weights_TK is None else weights_TK[keep_T.to(weights_TK.device)]
             chosen.append(ids_TK)
             weights.append(weights_TK)
+        # A sum is finite where all its parts are: weights are far from the largest numbers.
+        sums = [torch.zeros(()) if part is None else part.sum(dtype=torch.float32) for part in weights]
         device = chosen[-1].device
         # Two copies to the host for all layers: waiting for an accelerator costs more than the bytes.
-        wide_LTK = torch.stack([ids_TK.to(device, torch.int32) for ids_TK in chosen]).cpu().numpy()
-        not_finite_L = torch.stack([fault.to(device) for fault in faults]).tolist()
+        wide_LTK = torch.stack([ids_TK.to(device) for ids_TK in chosen]).cpu().numpy()
+        not_finite_L = (~torch.stack([part.to(device) for part in sums]).isfinite()).tolist()
         checks = (wide_LTK.min((1, 2)).tolist(), wide_LTK.max((1, 2)).tolist(), not_finite_L)
         for layer, low, high, not_finite in zip(self._layers, *checks, strict=True):
             if not_finite:
