@@ -28,7 +28,7 @@ benchmarks: $(VENV)/installed  ## measure again what benchmarks/results holds
 	$(BIN)/python -m benchmarks.recording
 	$(BIN)/python -m benchmarks.streaming
 	$(BIN)/python -m benchmarks.routing_structure
-	$(BIN)/python -m benchmarks.strategies
+	$(BIN)/python -m benchmarks.planner
 
 $(VENV)/installed: pyproject.toml requirements.lock
 	$(PYTHON) -c 'import sys; sys.exit(f"Python 3.11 or newer is needed, this is {sys.version.split()[0]}; set PYTHON=..." if sys.version_info < (3, 11) else 0)'

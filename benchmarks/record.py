@@ -36,12 +36,18 @@ def _git(*arguments: str) -> str:
     return done.stdout.strip()
 
 
-def write(name: str, title: str, text: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
+def write(
+    name: str, title: str, text: str, columns: Sequence[str], rows: Sequence[Sequence[Any]], command: str = ""
+) -> None:
     """Write `results/<name>.md` and `.json`, and print the Markdown."""
     where = circumstances()
     lines = [f"# {title}", "", text, "", "| " + " | ".join(columns) + " |", "| --- " * len(columns) + "|"]
     lines += ["| " + " | ".join(map(_cell, row)) + " |" for row in rows]
-    lines += ["", f"`python -m benchmarks.{name}`; " + ", ".join(f"{key} {value}" for key, value in where.items()), ""]
+    lines += [
+        "",
+        f"`python -m benchmarks.{command or name}`; " + ", ".join(f"{key} {value}" for key, value in where.items()),
+        "",
+    ]
     RESULTS.mkdir(exist_ok=True)
     (RESULTS / f"{name}.md").write_text("\n".join(lines))
     value = {"circumstances": where, "columns": list(columns), "rows": [list(row) for row in rows]}

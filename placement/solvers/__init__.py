@@ -183,7 +183,7 @@ def objective_of(model: MoESpec, topology: Topology, options: Options) -> Object
     """The objective in the units of `contract.Objective`.
 
     `time` on a topology with links is the slope of `predicted_time`.  Without links, or where the model's sizes are not
-    known, dispatch, experts and combine count the same in a random plan, so that no part can be forgotten.
+    known, dispatch and combine are each taken to last twice as long as the experts do in a random plan.
     """
     if options.objective == "fan-out":
         return Objective(fan_out=1.0)
@@ -199,7 +199,7 @@ def objective_of(model: MoESpec, topology: Topology, options: Options) -> Object
     return Objective(
         ingress=2 * (1 - across) / touching_share(model, topology.num_ranks),
         node_ingress=2 * across / touching_share(model, topology.num_nodes),
-        load=1.0,
+        load=0.5,
     )
 
 

@@ -1,0 +1,312 @@
+"""The planner against every peer, on recorded routing of real models that the plans have not seen.
+
+Planned on the sequences at even places, measured on those at odd places, mean over all layers.
+`python -m benchmarks.planner` measures all parts, `python -m benchmarks.planner time` one of `PARTS`.
+"""
+
+import resource
+import sys
+import time
+from collections.abc import Callable
+
+import numpy as np
+
+import placement.solvers
+from benchmarks import traces
+from benchmarks.record import write
+from placement.compare import measure
+from placement.solvers import STRATEGIES, Options, plan
+from placement.solvers.contract import Objective
+from placement.topology import Links, Topology
+from profiler.profile import Profile
+from profiler.spec import MoESpec
+from profiler.trace import TokenTrace, ids_dtype
+
+CELLS = (
+    ("gpt-oss-20b", 4),
+    ("gpt-oss-20b", 8),
+    ("deepseek-v2-lite", 4),
+    ("deepseek-v2-lite", 8),
+    ("deepseek-v2-lite", 16),
+)
+CLUSTERS = (("h100", 1), ("h100", 2), ("ethernet", 2))
+"""Links, and nodes that the ranks are spread over."""
+
+
+def balance() -> None:
+    """Every strategy without knowing the hardware: what reaches the busiest rank, and how much it computes."""
+    rows = []
+    for name, num_ranks in CELLS:
+        planned, unseen = traces.load(name).split_by_sequence()
+        topology = Topology.for_experts(planned.model.num_experts, num_ranks)
+        for strategy in STRATEGIES:
+            started = time.perf_counter()
+            placement = plan(planned, topology, strategy)
+            seconds = time.perf_counter() - started
+            figures, train = (
+                measure(placement, part.require_tokens(), Options().workload) for part in (unseen, planned)
+            )
+            metrics = ("fan_out", "busiest_ingress", "imbalance_ratio", "intra_share")
+            rows.append(
+                [
+                    name,
+                    num_ranks,
+                    strategy,
+                    *(figures[metric]["mean"] for metric in metrics),
+                    train["busiest_ingress"]["mean"],
+                    train["imbalance_ratio"]["mean"],
+                    f"{seconds:.1f}",
+                ]
+            )
+    columns = ("fan_out", "busiest_ingress", "imbalance_ratio", "intra_share")
+    write(
+        "planner_balance",
+        "Strategies on recorded routing",
+        "Held-out figures, mean over all layers; beside them those of the sequences that were planned on.",
+        (
+            "trace",
+            "ranks",
+            "strategy",
+            *columns,
+            "busiest_ingress, planned on",
+            "imbalance_ratio, planned on",
+            "seconds",
+        ),
+        rows,
+        "planner balance",
+    )
+
+
+def predicted() -> None:
+    """Predicted time of every strategy on clusters whose links are known; each plan is made for its cluster."""
+    rows = []
+    for name, num_ranks in CELLS:
+        planned, unseen = traces.load(name).split_by_sequence()
+        for cluster, nodes in CLUSTERS:
+            links = Links.preset(cluster)
+            topology = Topology.for_experts(planned.model.num_experts, num_ranks, nodes, links=links)
+            times = {}
+            for strategy in STRATEGIES:
+                if strategy == "hypergraph" and nodes > 1:
+                    continue  # as on one node: it knows nothing of nodes, and takes minutes
+                placement = plan(planned, topology, strategy)
+                figures = measure(placement, unseen.require_tokens(), Options().workload)
+                times[strategy] = figures["predicted_time"]["mean"]
+                rows.append(
+                    [
+                        name,
+                        num_ranks,
+                        f"{cluster}, {nodes} node{'s' * (nodes > 1)}",
+                        strategy,
+                        round(times[strategy] * 1e6, 1),
+                        figures["busiest_ingress"]["mean"],
+                        figures["busiest_node_ingress"]["mean"],
+                        figures["imbalance_ratio"]["mean"],
+                    ]
+                )
+            print(name, num_ranks, cluster, nodes, times, flush=True)
+    columns = ("predicted time, µs", "busiest_ingress", "busiest_node_ingress", "imbalance_ratio")
+    write(
+        "planner_time",
+        "Predicted time of strategies on known clusters",
+        "Held out, mean over all layers; 4,096 tokens a rank, sent once per rank, fp8 there and bf16 back.",
+        ("trace", "ranks", "cluster", "strategy", *columns),
+        rows,
+        "planner time",
+    )
+
+
+def copies() -> None:
+    """Redundant experts: the search against copies of hot experts, with the same slots and the same choice."""
+    planned, unseen = traces.load("gpt-oss-20b").split_by_sequence()
+    rows = []
+    for num_ranks in (4, 8):
+        for num_redundant in (8, 16):
+            topology = Topology.for_experts(32, num_ranks, 1, num_redundant)
+            for strategy in ("load", "search"):
+                started = time.perf_counter()
+                placement = plan(planned, topology, strategy, Options(num_redundant=num_redundant))
+                seconds = time.perf_counter() - started
+                for choice in ("token", "source"):
+                    figures = measure(placement, unseen.require_tokens(), Options().workload, choice)
+                    metrics = ("fan_out", "busiest_ingress", "imbalance_ratio")
+                    rows.append(
+                        [
+                            num_ranks,
+                            num_redundant,
+                            strategy,
+                            choice,
+                            *(figures[metric]["mean"] for metric in metrics),
+                            f"{seconds:.0f}",
+                        ]
+                    )
+                    print(rows[-1], flush=True)
+    write(
+        "planner_copies",
+        "Redundant experts on gpt-oss-20b",
+        "Held out, mean over all layers; copies are chosen by each token or once for each source rank.",
+        (
+            "ranks",
+            "redundant experts",
+            "strategy",
+            "choice",
+            "fan_out",
+            "busiest_ingress",
+            "imbalance_ratio",
+            "seconds",
+        ),
+        rows,
+        "planner copies",
+    )
+
+
+def objectives() -> None:
+    """What fits traffic rather than the sample: objectives of the search, on splits by sequence and by domain."""
+    plain = Objective(ingress=1.0)
+    cases: dict[str, tuple[int, Objective | None]] = {
+        "busiest ingress under the cap": (1, plain),
+        "the same, mean over 4 folds": (4, plain),
+        "default objective, 1 fold": (1, None),
+        "default objective, mean over 4 folds": (4, None),
+        "default objective, mean over 8 folds": (8, None),
+    }
+    rows = []
+    for name, num_ranks in CELLS:
+        profile = traces.load(name, every_nth_layer=2)
+        splits = {"by sequence": [profile.split_by_sequence()], "by domain": _domain_splits(profile)}
+        topology = Topology.for_experts(profile.model.num_experts, num_ranks)
+        for split, pairs in splits.items():
+            for case, (folds, objective) in cases.items():
+                with _search_with(folds, objective):
+                    held = []
+                    for planned, unseen in pairs:
+                        placement = plan(planned, topology)
+                        figures = measure(placement, unseen.require_tokens(), Options().workload)
+                        held.append([figures[metric]["mean"] for metric in ("busiest_ingress", "imbalance_ratio")])
+                rows.append([name, num_ranks, split, case, *np.mean(held, axis=0).tolist()])
+                print(rows[-1], flush=True)
+    write(
+        "planner_objectives",
+        "What fits traffic rather than the sample",
+        "Held out, mean of every second layer. By domain: planned on all domains but one and measured on that one, "
+        "mean over up to four domains.",
+        ("trace", "ranks", "split", "objective", "busiest_ingress", "imbalance_ratio"),
+        rows,
+        "planner objectives",
+    )
+
+
+class _search_with:  # noqa: N801 (used like a function)
+    """Let `plan` use another number of folds and another objective inside."""
+
+    def __init__(self, folds: int, objective: Objective | None) -> None:
+        self.folds, self.objective = folds, objective
+
+    def __enter__(self) -> None:
+        self.before = placement.solvers.NUM_FOLDS, placement.solvers.objective_of
+        placement.solvers.NUM_FOLDS = self.folds
+        if self.objective is not None:
+            chosen = self.objective
+            placement.solvers.objective_of = lambda *_: chosen
+
+    def __exit__(self, *_: object) -> None:
+        placement.solvers.NUM_FOLDS, placement.solvers.objective_of = self.before
+
+
+def _domain_splits(profile: Profile) -> list[tuple[Profile, Profile]]:
+    tokens = profile.require_tokens()
+    out = []
+    for domain in range(min(len(profile.domains), 4)):
+        here = tokens.domain_ids == domain
+        out.append(
+            tuple(Profile.from_tokens(profile.model, profile.domains, tokens.where(part), {}) for part in (~here, here))
+        )
+    return out
+
+
+def scale() -> None:
+    """A model of the shape of DeepSeek-V3, and what it costs as experts, tokens and ranks double."""
+    rows = []
+    for layers, experts, ranks, redundant, tokens in (
+        (58, 256, 32, 32, 100_000),
+        (4, 128, 32, 0, 50_000),
+        (4, 256, 32, 0, 50_000),
+        (4, 256, 32, 0, 100_000),
+        (4, 256, 64, 0, 50_000),
+    ):
+        profile = _structured(layers, experts, tokens)
+        planned, unseen = profile.split_by_sequence()
+        del profile
+        topology = Topology.for_experts(experts, ranks, 1, redundant)
+        for strategy in ("load", "metis", "search"):
+            started = time.perf_counter()
+            placement = plan(planned, topology, strategy, Options(num_redundant=redundant, num_kicks=20))
+            seconds = time.perf_counter() - started
+            peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+            figures = measure(placement, unseen.require_tokens(), Options().workload)
+            metrics = ("fan_out", "busiest_ingress", "imbalance_ratio")
+            rows.append(
+                [
+                    f"{layers} x {experts} experts, {ranks} x {topology.slots_per_rank} slots, {tokens // 2:,} tokens",
+                    strategy,
+                    round(seconds, 1),
+                    round(peak, 2),
+                    *(figures[metric]["mean"] for metric in metrics),
+                ]
+            )
+            print(rows[-1], flush=True)
+    write(
+        "planner_scale",
+        "A model of the shape of DeepSeek-V3",
+        "Made-up routing with structure, top-8; planned on half of it, measured on the other half. Peak memory is of "
+        "the process, the routing included.",
+        (
+            "layers, experts, ranks, tokens",
+            "strategy",
+            "seconds",
+            "peak GB",
+            "fan_out",
+            "busiest_ingress",
+            "imbalance_ratio",
+        ),
+        rows,
+        "planner scale",
+    )
+
+
+def _structured(num_layers: int, num_experts: int, num_tokens: int) -> Profile:
+    """Tokens favour one of 16 topics, and each topic some experts; some experts are hot."""
+    rng = np.random.default_rng(0)
+    ids = np.empty((num_layers, num_tokens, 8), dtype=ids_dtype(num_experts))
+    sequences = np.arange(num_tokens) // 500
+    topic = rng.integers(0, 16, sequences[-1] + 1)[sequences]
+    for layer in range(num_layers):
+        affinity = rng.gumbel(size=(16, num_experts)) * 1.2 + rng.normal(size=num_experts) * 0.5
+        for start in range(0, num_tokens, 10_000):
+            part = slice(start, start + 10_000)
+            scores = affinity[topic[part]] + rng.gumbel(size=(len(topic[part]), num_experts))
+            ids[layer, part] = np.argpartition(-scores, 8, axis=1)[:, :8]
+    zeros = np.zeros(num_tokens, dtype=np.uint8)
+    spec = MoESpec("made-up", "deepseek_v3", tuple(range(3, 3 + num_layers)), num_experts, 8, 1, 7168, 2048, "bfloat16")
+    return Profile.from_tokens(spec, ["made up"], TokenTrace(ids, sequences.astype(np.int32), zeros, zeros), {})
+
+
+PARTS: dict[str, Callable[[], None]] = {
+    "balance": balance,
+    "time": predicted,
+    "copies": copies,
+    "objectives": objectives,
+    "scale": scale,
+}
+
+
+def main() -> None:
+    for name in sys.argv[1:] or PARTS:
+        if name != "scale" and not traces.FOLDER.is_dir():
+            print(f"no recorded traces at {traces.FOLDER}; set COTERIE_TRACES")
+            continue
+        PARTS[name]()
+
+
+if __name__ == "__main__":
+    main()
