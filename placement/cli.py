@@ -328,6 +328,10 @@ def plan(
     regret: Annotated[
         bool, typer.Option("--regret", help="Show for each domain what a plan of its own would have bought.")
     ] = False,
+    certify: Annotated[
+        float | None,
+        typer.Option(help="Seconds a layer to prove how far the plan is from the best on the tokens planned with."),
+    ] = None,
     preserve_groups: Annotated[
         bool, typer.Option("--preserve-groups", help="Keep the groups of group-limited routers together.")
     ] = False,
@@ -340,7 +344,7 @@ def plan(
 
     Example: coterie plan run.profile --ranks 8 --links h100 -o plan.json
     """
-    from placement.compare import domain_regret, plan_and_compare, verdict
+    from placement.compare import certify_plan, domain_regret, plan_and_compare, verdict
     from placement.solvers import ALWAYS_COMPARED, STRATEGIES, Options
     from placement.timing import Workload
     from placement.topology import Links, Topology
@@ -385,6 +389,13 @@ def plan(
             held_out=unseen,
             on_layer=lambda: advance_to(next(done), total),
         )
+    if certify is not None:
+        with progress_bar("layers") as advance_to:
+            done = iter(range(1, recorded.model.num_layers + 1))
+            advance_to(0, recorded.model.num_layers)
+            placement = certify_plan(
+                recorded, placement, options, certify, unseen, lambda: advance_to(next(done), recorded.model.num_layers)
+            )
     placement.save(out)
     assert placement.metrics is not None
     regrets = None
@@ -401,6 +412,8 @@ def plan(
         tables.print(plan_table(placement))
         if regrets is not None:
             tables.print(regret_table(regrets))
+        if placement.certificate is not None:
+            tables.print(certificate_table(placement.certificate))
     for sentence in sentences:
         notes.print(f"[bold]{sentence}[/]")
     notes.print(f"wrote {out}: the plan of “{strategy}” for {ranks} ranks")
@@ -666,6 +679,31 @@ def regret_table(regrets: Mapping[str, Mapping[str, float]]) -> Table:
             f"{row['busiest_ingress']:.3f} / {row['imbalance_ratio']:.2f}",
             f"{row['own_busiest_ingress']:.3f} / {row['own_imbalance_ratio']:.2f}",
             f"{row['regret']:+.1%}",
+        )
+    return table
+
+
+def certificate_table(certificate: Mapping[str, Any]) -> Table:
+    """By metric: the plan's mean over layers, the mean bound, and how many layers are proved to be optimal."""
+    table = Table(
+        title="how far from the best, on the tokens planned with",
+        caption=f"layer {next(iter(certificate))}: {next(iter(certificate.values()))['statement']}",
+        title_justify="left",
+        caption_justify="left",
+    )
+    table.add_column("metric")
+    for column in ("plan", "bound", "mean gap", "worst gap", "layers optimal"):
+        table.add_column(column, justify="right")
+    for metric in ("busiest_ingress", "fan_out"):
+        bounds = [layer[metric] for layer in certificate.values()]
+        gaps = [bound["gap"] for bound in bounds]
+        table.add_row(
+            metric,
+            f"{sum(bound['value'] for bound in bounds) / len(bounds):.3f}",
+            f"{sum(bound['bound'] for bound in bounds) / len(bounds):.3f}",
+            f"{sum(gaps) / len(gaps):.1%}",
+            f"{max(gaps):.1%}",
+            f"{sum(bound['optimal'] for bound in bounds)} of {len(bounds)}",
         )
     return table
 

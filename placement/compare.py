@@ -8,9 +8,10 @@ from typing import Any
 
 import numpy as np
 
+from placement.certify import certify
 from placement.cost import Choice, Metrics, evaluate, summarise
 from placement.placement_map import PlacementMap
-from placement.solvers import ALWAYS_COMPARED, Options, plan
+from placement.solvers import ALWAYS_COMPARED, Options, layer_problems, plan
 from placement.timing import LayerTime, Workload, predicted_time
 from placement.topology import Topology
 from profiler.errors import CoterieError
@@ -118,6 +119,33 @@ def verdict(metrics: Mapping[str, Any], strategy: str) -> list[str]:
             "sequences that the plan has not seen; record more text"
         )
     return sentences
+
+
+def certify_plan(
+    profile: Profile,
+    placement: PlacementMap,
+    options: Options,
+    seconds_per_layer: float,
+    held_out: Profile | None = None,
+    on_layer: Callable[[], None] = lambda: None,
+) -> PlacementMap:
+    """The plan with a certificate for each layer: how far it is from the best on the tokens that it was planned with.
+
+    Raises:
+        CoterieError: the plan holds redundant or empty slots, or domains are weighted, which no proof covers yet.
+    """
+    if placement.topology.num_slots != placement.model.num_experts or options.domain_weights:
+        raise CoterieError(
+            f"{placement.topology.num_slots} slots for {placement.model.num_experts} experts: certificates are for "
+            "plans with a slot for each expert and no domain weights; plan without --certify"
+        )
+    planned, _ = planned_and_unseen(profile, held_out)
+    certificates = {}
+    problems = layer_problems(planned, placement.topology, options)
+    for layer_id, problem, ranks in zip(placement.model.layer_ids, problems, placement.rank_of_expert, strict=True):
+        certificates[str(layer_id)] = certify(problem.merged(), ranks, seconds_per_layer).to_json()
+        on_layer()
+    return replace(placement, certificate=certificates)
 
 
 def domain_regret(

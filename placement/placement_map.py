@@ -32,6 +32,7 @@ class PlacementMap:
         solver: what made it: `name`, `options`, `seed`.
         profile_digest: the profile that it was planned on; None for a map that needed none.
         metrics: for each strategy that was compared, `train` and `held_out` figures.
+        certificate: by layer number, how far the plan is from the best on the planned tokens.
 
     Raises:
         CoterieError: an expert is missing or doubled on a rank, or a number is out of range.
@@ -43,6 +44,7 @@ class PlacementMap:
     solver: Mapping[str, Any]
     profile_digest: str | None = None
     metrics: Mapping[str, Any] | None = None
+    certificate: Mapping[str, Any] | None = None
 
     def __post_init__(self) -> None:
         expected = (self.model.num_layers, self.topology.num_slots)
@@ -136,6 +138,7 @@ class PlacementMap:
             "solver": dict(self.solver),
             "profile_digest": self.profile_digest,
             "metrics": self.metrics,
+            "certificate": self.certificate,
         }
         write_json(path, value)
 
@@ -166,6 +169,7 @@ class PlacementMap:
                 solver=value["solver"],
                 profile_digest=value["profile_digest"],
                 metrics=value["metrics"],
+                certificate=value.get("certificate"),
             )
         except CoterieError as error:
             raise CoterieError(f"{path}: {error}") from error
