@@ -83,9 +83,9 @@ def main() -> None:
     write(
         "certificates",
         "Plans beside the least that any plan could reach",
-        "Planned tokens, mean over all layers.  The plans are the search's, made for the busiest ingress on these tokens. "
-        f"A layer is exact where its bound is proved the optimum; {SECONDS:.0f} s a layer at most, seconds are for "
-        "both metrics and all layers.  Where a plan breaks the load cap, its own imbalance stands for it.",
+        "Planned tokens, mean over all layers.  The plans are the search's, for the busiest ingress on these tokens. "
+        f"A layer is exact where its bound is proved the optimum; {SECONDS:.0f} s a layer at most, seconds are "
+        "for both metrics and all layers.  Where a plan breaks the load cap, its own imbalance stands for it.",
         ("trace", "ranks", "load cap", "metric", "plan", "bound", "mean gap", "layers exact", "method", "seconds"),
         rows,
     )

@@ -14,7 +14,7 @@ from profiler.recorder import Recorder
 from profiler.trace import TokenTrace
 from profiler.writer import ProfileWriter
 
-REPEATS = {"embedded": 500, "OLMoE-shaped": 41}
+REPEATS = {"embedded": 300, "OLMoE-shaped": 41}
 OLMOE_SHAPED = OlmoeConfig(
     hidden_size=1024,
     intermediate_size=1024,
@@ -30,7 +30,7 @@ OLMOE_SHAPED = OlmoeConfig(
 def main() -> None:
     torch.manual_seed(0)
     models = {
-        "embedded (4 layers, 64 experts, top-8, hidden 192)": (load_model(None, "cpu").model, (8, 256)),
+        "embedded (4 layers, 64 experts, top-8, hidden 192)": (load_model(None, "cpu").model, (16, 256)),
         "OLMoE-shaped (4 layers, 64 experts, top-8, hidden 1024)": (
             AutoModelForCausalLM.from_config(OLMOE_SHAPED).eval(),
             (4, 256),

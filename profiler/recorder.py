@@ -207,9 +207,11 @@ class Recorder:
         sums = [torch.zeros(()) if part is None else part.sum(dtype=torch.float32) for part in weights]
         device = chosen[-1].device
         # Two copies to the host for all layers: waiting for an accelerator costs more than the bytes.
-        wide_LTK = torch.stack([ids_TK.to(device) for ids_TK in chosen]).cpu().numpy()
         not_finite_L = (~torch.stack([part.to(device) for part in sums]).isfinite()).tolist()
-        checks = (wide_LTK.min((1, 2)).tolist(), wide_LTK.max((1, 2)).tolist(), not_finite_L)
+        if device.type != "cpu":
+            chosen = list(torch.stack([ids_TK.to(device) for ids_TK in chosen]).cpu())
+        wide = [ids_TK.cpu().numpy() for ids_TK in chosen]
+        checks = ([int(ids_TK.min()) for ids_TK in wide], [int(ids_TK.max()) for ids_TK in wide], not_finite_L)
         for layer, low, high, not_finite in zip(self._layers, *checks, strict=True):
             if not_finite:
                 raise CoterieError(
@@ -221,8 +223,9 @@ class Recorder:
                     f"{layer.name}: announced expert {high if high >= self.spec.num_experts else low}, "
                     f"must be below {self.spec.num_experts}"
                 )
-        # -1 becomes all ones.
-        ids_LTK: npt.NDArray[np.unsignedinteger] = wide_LTK.astype(ids_dtype(self.spec.num_experts))
+        ids_LTK = np.empty((len(wide), *wide[0].shape), dtype=ids_dtype(self.spec.num_experts))
+        for narrow_TK, wide_TK in zip(ids_LTK, wide, strict=True):
+            narrow_TK[:] = wide_TK.astype(ids_LTK.dtype)  # -1 becomes all ones
         if not self._weights:
             return ids_LTK, None
         missing = [

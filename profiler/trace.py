@@ -74,6 +74,8 @@ class TokenTrace:
     @staticmethod
     def concatenate(traces: Sequence[TokenTrace]) -> TokenTrace:
         """All tokens of several traces, in order; sequence numbers are taken as they are."""
+        if len(traces) == 1:
+            return traces[0]
         parts: list[Mapping[str, npt.NDArray[Any]]] = [trace.arrays() for trace in traces]
         assert len({frozenset(part) for part in parts}) == 1, "either all traces hold weights or none"
         return TokenTrace(

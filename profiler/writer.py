@@ -78,12 +78,15 @@ class Reservoir:
     def trace(self) -> TokenTrace | None:
         """The sample in the order of the stream; None if there was no token."""
         self._shrink()
-        return TokenTrace.concatenate(self._traces) if self._traces else None
+        if not self._traces:
+            return None
+        self._places, self._traces = [np.concatenate(self._places)], [TokenTrace.concatenate(self._traces)]
+        return self._traces[0]
 
     def state(self) -> Arrays:
         """The arrays to go on from."""
         trace = self.trace()
-        return {} if trace is None else {"places": np.concatenate(self._places), **trace.arrays()}
+        return {} if trace is None else {"places": self._places[0], **trace.arrays()}
 
     def restore(self, seen: int, state: Mapping[str, npt.NDArray[Any]]) -> None:
         """Go on from what `state` gave after `seen` tokens."""
