@@ -5,8 +5,11 @@ All grow with the picked pairs, T*K or T*K*K, never with T*E*E: two experts that
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, fields
+from functools import partial
 from typing import Any
 
 import numba
@@ -17,6 +20,9 @@ from profiler.spec import MoESpec
 from profiler.trace import Ids, TokenTrace
 
 Int64s = npt.NDArray[np.int64]
+
+TOKENS_WORTH_THREADS = 8_192
+"""Fewer are counted sooner than threads are started."""
 
 
 @dataclass(frozen=True)
@@ -62,8 +68,14 @@ class Tally:
         for domain in domains:
             ids = trace.topk_ids if len(domains) == 1 else trace.topk_ids[:, trace.domain_ids == domain]
             self._tokens[domain] += ids.shape[1]
-            no_expert = np.iinfo(ids.dtype).max
-            _count(ids, no_expert, self._load[domain], self._ordered[domain], self._transition[domain])
+            sums = self._load[domain], self._ordered[domain], self._transition[domain]
+            count_layer = partial(_count_layer, ids, np.iinfo(ids.dtype).max, *sums)
+            if ids.shape[1] < TOKENS_WORTH_THREADS:
+                for layer in range(len(ids)):
+                    count_layer(layer)
+            else:
+                with ThreadPoolExecutor(os.cpu_count()) as pool:
+                    list(pool.map(count_layer, range(len(ids))))
 
     def add_counts(self, counts: Counts, domains: list[int]) -> None:
         """Add what was counted elsewhere; its domain d is domain `domains[d]` here."""
@@ -101,30 +113,29 @@ def count(trace: TokenTrace, model: MoESpec, num_domains: int) -> Counts:
 
 
 @numba.njit(cache=True, nogil=True)
-def _count(ids_LTK: Ids, no_expert: int, load_LE: Int64s, ordered_LEE: Int64s, transition_LEE: Int64s) -> None:
-    num_layers, num_tokens, top_k = ids_LTK.shape
+def _count_layer(
+    ids_LTK: Ids, no_expert: int, load_LE: Int64s, ordered_LEE: Int64s, transition_LEE: Int64s, layer: int
+) -> None:
+    _, num_tokens, top_k = ids_LTK.shape
     num_experts = load_LE.shape[1]
     # Half as wide as the sums, so that they stay in the fastest memory.
     pairs = np.zeros((num_experts, num_experts), np.uint32)
     onward = np.zeros((num_experts, num_experts), np.uint32)
-    for layer in range(num_layers):
-        pairs[:] = 0
-        onward[:] = 0
-        for token in range(num_tokens):
-            for first in range(top_k):
-                a = ids_LTK[layer, token, first]
-                if a == no_expert:
-                    continue
-                load_LE[layer, a] += 1
-                for second in range(first + 1, top_k):
-                    b = ids_LTK[layer, token, second]
+    for token in range(num_tokens):
+        for first in range(top_k):
+            a = ids_LTK[layer, token, first]
+            if a == no_expert:
+                continue
+            load_LE[layer, a] += 1
+            for second in range(first + 1, top_k):
+                b = ids_LTK[layer, token, second]
+                if b != no_expert:
+                    pairs[a, b] += np.uint32(1)
+            if layer:
+                for second in range(top_k):
+                    b = ids_LTK[layer - 1, token, second]
                     if b != no_expert:
-                        pairs[a, b] += np.uint32(1)
-                if layer:
-                    for second in range(top_k):
-                        b = ids_LTK[layer - 1, token, second]
-                        if b != no_expert:
-                            onward[b, a] += np.uint32(1)
-        ordered_LEE[layer] += pairs
-        if layer:
-            transition_LEE[layer - 1] += onward
+                        onward[b, a] += np.uint32(1)
+    ordered_LEE[layer] += pairs
+    if layer:
+        transition_LEE[layer - 1] += onward

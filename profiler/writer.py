@@ -41,6 +41,9 @@ CHECKPOINT_SECONDS = 10.0
 CHECKPOINT_SHARE = 0.02
 """A checkpoint is written when the last one is this old, and at most this share of the time goes into them."""
 
+TOKENS_PER_COUNT = 16_384
+"""Passes are counted together: the counters come into the fastest memory once for all of them."""
+
 Arrays = dict[str, npt.NDArray[Any]]
 
 
@@ -161,6 +164,7 @@ class ProfileWriter:
         self._sketch = RowSketch.empty()
         self._reservoir = Reservoir(max_traced_tokens, seed) if max_traced_tokens else None
         self._keeps_all = max_traced_tokens is None
+        self._uncounted: list[TokenTrace] = []
         self._pending: list[TokenTrace] = []  # not in a shard yet
         self._hashes: dict[str, str] = {}
         self._synced = 0  # shards that are surely on the disk
@@ -178,6 +182,7 @@ class ProfileWriter:
     @property
     def num_tokens(self) -> int:
         """Counted so far."""
+        self._count()
         return int(self._tally.state()["tokens"].sum())
 
     def add(self, trace: TokenTrace) -> None:
@@ -188,9 +193,17 @@ class ProfileWriter:
                 the run has to go on from its last checkpoint.
         """
         trace.require(self._model, len(self._domains))
-        self._tally.add(trace)
-        self._sketch = self._sketch.add(trace.row_hashes())
+        self._uncounted.append(trace)
+        if sum(part.num_tokens for part in self._uncounted) >= TOKENS_PER_COUNT:
+            self._count()
         self.keep(trace)
+
+    def _count(self) -> None:
+        if self._uncounted:
+            trace = TokenTrace.concatenate(self._uncounted)
+            self._uncounted = []
+            self._tally.add(trace)
+            self._sketch = self._sketch.add(trace.row_hashes())
 
     def add_counts(self, counts: Counts, domains: Sequence[int]) -> None:
         """Add counts of tokens whose sets come through `keep` or not at all; domain d of theirs is `domains[d]`."""
@@ -217,6 +230,7 @@ class ProfileWriter:
             CoterieError: it cannot be written; the one before it stays.
         """
         started = time.monotonic()
+        self._count()
         sync(self._unfinished / name for name in list(self._hashes)[self._synced :])
         self._synced = len(self._hashes)
         self.position = dict(position)
@@ -251,6 +265,7 @@ class ProfileWriter:
         Raises:
             CoterieError: there was no token, or something cannot be written; the unfinished run stays then.
         """
+        self._count()
         counts = self._tally.counts()
         if counts.tokens.sum() == 0:
             raise CoterieError("no token was recorded: give text with at least one token")
