@@ -57,8 +57,8 @@ def main() -> None:
     write(
         "recording",
         "What recording adds to a forward pass",
-        "Median (least to most); pairs of one pass, or of four short ones, in turns, float32 on the CPU. Recording includes "
-        "counting loads, co-activation and transitions, and writing token sets to disk.",
+        "Median (least to most); pairs of one pass, or of four short ones, in turns, float32 on the CPU. Recording "
+        "includes counting loads, co-activation and transitions, and writing token sets to disk.",
         ("model", "pairs", "batch", "ms without", "ms with recording", "added, %, median of pairs (95% interval)"),
         rows,
     )
