@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +11,7 @@ import numpy.typing as npt
 from placement.placement_map import PlacementMap
 from placement.topology import Topology
 from profiler.errors import CoterieError
+from profiler.files import read_json
 from profiler.spec import MoESpec
 
 
@@ -33,7 +33,7 @@ def read_any_map(
         CoterieError: the file cannot be read, is no map of this model, or needs `num_ranks`.
     """
     if path.suffix == ".json":
-        value = _read_json(path)
+        value = read_json(path, "a placement map", "make one with `coterie plan`")
         if "schema_version" in value:
             placement = PlacementMap.load_from(path)
             if num_ranks not in (None, placement.topology.num_ranks):
@@ -58,18 +58,6 @@ def read_any_map(
         return PlacementMap(model, topology, rows.astype(np.int64), {"name": name})
     except CoterieError as error:
         raise CoterieError(f"{path}: {error}") from error
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise CoterieError(f"{path}: no such file; make one with `coterie plan`") from None
-    except (OSError, ValueError, RecursionError) as error:
-        raise CoterieError(f"{path}: truncated, or not JSON ({error})") from error
-    if not isinstance(value, dict):
-        raise CoterieError(f"{path}: not a placement map (a JSON object is expected)")
-    return value
 
 
 def _sglang_rows(value: dict[str, Any], path: Path, model: MoESpec) -> npt.NDArray[Any]:
