@@ -43,9 +43,7 @@ def balance() -> None:
         planned, unseen = traces.load(name).split_by_sequence()
         topology = Topology.for_experts(planned.model.num_experts, num_ranks)
         for strategy in PEERS:
-            started = time.perf_counter()
             placement = plan(planned, topology, strategy)
-            seconds = time.perf_counter() - started
             figures, train = (
                 measure(placement, part.require_tokens(), Options().workload) for part in (unseen, planned)
             )
@@ -58,7 +56,6 @@ def balance() -> None:
                     *(figures[metric]["mean"] for metric in metrics),
                     train["busiest_ingress"]["mean"],
                     train["imbalance_ratio"]["mean"],
-                    f"{seconds:.1f}",
                 ]
             )
     columns = ("fan_out", "busiest_ingress", "imbalance_ratio", "intra_share")
@@ -73,7 +70,6 @@ def balance() -> None:
             *columns,
             "busiest_ingress, planned on",
             "imbalance_ratio, planned on",
-            "seconds",
         ),
         rows,
         "planner balance",
