@@ -369,8 +369,8 @@ def test_search_beats_a_plain_swap_search_on_recorded_routing(name, num_ranks, f
     """What a 30-line swap search reached on these sequences: held-out busiest_ingress, mean of every sixth layer."""
     planned, unseen = recorded.load(name, every_nth_layer=6).split_by_sequence()
     topology = Topology.for_experts(planned.model.num_experts, num_ranks)
-    placement = plan(planned, topology, options=Options(num_kicks=20))
+    placement = plan(planned, topology)
     balanced = plan(planned, topology, "load")
     measured, peer = (evaluate(placement, unseen.tokens) for placement in (placement, balanced))
-    assert measured.busiest_ingress.mean() < 1.01 * floor
-    assert measured.imbalance_ratio.mean() < peer.imbalance_ratio.mean() + 0.07
+    assert measured.busiest_ingress.mean() < floor
+    assert measured.imbalance_ratio.mean() < peer.imbalance_ratio.mean() + 0.1
