@@ -373,4 +373,4 @@ def test_search_beats_a_plain_swap_search_on_recorded_routing(name, num_ranks, f
     balanced = plan(planned, topology, "load")
     measured, peer = (evaluate(placement, unseen.tokens) for placement in (placement, balanced))
     assert measured.busiest_ingress.mean() < floor
-    assert measured.imbalance_ratio.mean() < peer.imbalance_ratio.mean() + 0.1
+    assert measured.imbalance_ratio.mean() < peer.imbalance_ratio.mean() + 0.07

@@ -31,7 +31,7 @@ TRIES_PER_KICK = 200
 MAX_ROWS = 10_000
 """Token sets to judge changes by: a draw of so many tokens where there are more."""
 
-LOAD_COUNTS = 4.0
+LOAD_COUNTS = 8.0
 """Copies can balance any load, and greedy choices lean to ranks that many tokens visit: load counts so much more."""
 
 HOTTEST = 0.004
