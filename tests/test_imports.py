@@ -52,4 +52,5 @@ def test_planning_needs_no_torch(place):
 
 def test_only_the_command_line_sees_everything():
     for file in [*files_of("profiler"), *files_of("placement")]:
-        assert "placement.cli" not in imported_names(file), file
+        if ROOT / "placement/cli" not in file.parents:
+            assert "placement.cli" not in imported_names(file), file

@@ -1,0 +1,26 @@
+"""The console script `coterie`: each command reads one kind of artifact and writes one.
+
+Heavy libraries are imported by the commands that need them.
+"""
+
+from __future__ import annotations
+
+import sys
+
+from rich.console import Console
+
+from placement.cli import plans, profiles, runs
+from placement.cli.app import app
+from profiler.errors import CoterieError
+
+__all__ = ["app", "main", "plans", "profiles", "runs"]
+
+
+def main() -> None:
+    """Run the command line; a mistake that the user can mend is one line and exit code 1."""
+    try:
+        app()
+    except (CoterieError, OSError) as error:  # a path that the system itself refuses is the user's to mend too
+        message = f"{error.filename}: {error.strerror}" if isinstance(error, OSError) and error.filename else error
+        Console(stderr=True, soft_wrap=True, markup=False, highlight=False).print(f"error: {message}")
+        sys.exit(1)

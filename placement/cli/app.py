@@ -1,0 +1,83 @@
+"""The application that commands register with, the options that several share, and how progress and JSON are shown.
+
+Progress and notes go to stderr, a table to stdout.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from enum import StrEnum
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="Where should each expert of a Mixture-of-Experts model live?",
+)
+notes = Console(stderr=True)
+tables = Console()
+
+Model = Annotated[str | None, typer.Argument(help="Model folder or hub id; the embedded model if left out.")]
+Data = Annotated[
+    list[str] | None,
+    typer.Option(
+        help="Text file, .jsonl, a folder of them (a domain each), or a Hugging Face dataset on disk or by name; may "
+        "be given several times."
+    ),
+]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
+Ranks = Annotated[int, typer.Option(help="Ranks of the expert-parallel group.")]
+
+
+class Dispatch(StrEnum):
+    """How often an engine sends a token."""
+
+    PER_RANK = "per-rank"
+    PER_EXPERT = "per-expert"
+
+
+class CopyChoice(StrEnum):
+    """Who chooses among the copies of an expert."""
+
+    TOKEN = "token"  # noqa: S105 (tokens of text)
+    SOURCE = "source"
+
+
+Nodes = Annotated[int, typer.Option(help="Hosts that the ranks are spread over.")]
+LinksName = Annotated[
+    str | None,
+    typer.Option("--links", help="Cluster to predict times for: h100, h100-low-latency, h800, a100 or ethernet."),
+]
+TokensPerRank = Annotated[int, typer.Option(help="Tokens that start on each rank, to predict times for.")]
+DispatchMode = Annotated[
+    Dispatch,
+    typer.Option(help="A token is sent once to each rank that serves it, or once for each expert."),
+]
+
+
+@contextmanager
+def progress_bar(unit: str) -> Iterator[Callable[[int, int], None]]:
+    """A bar on stderr; yields a function that takes what is done and what there is in all."""
+    columns = (BarColumn(), MofNCompleteColumn(), TextColumn(unit), TextColumn("{task.fields[rate]}"))
+    with Progress(*columns, TimeRemainingColumn(), console=notes, transient=True) as progress:
+        task = progress.add_task(unit, total=None, rate="")
+        started = time.perf_counter()
+
+        def advance_to(done: int, total: int) -> None:
+            rate = done / max(time.perf_counter() - started, 1e-9)
+            progress.update(task, completed=done, total=total, rate=f"{rate:,.0f} {unit}/s" if done else "")
+
+        yield advance_to
+
+
+def print_json(value: Any) -> None:
+    """For machines."""
+    print(json.dumps(value, indent=2))

@@ -1,0 +1,225 @@
+"""`coterie profile` and `coterie import`: model and texts, or another tool's recording, to a profile."""
+
+from __future__ import annotations
+
+import re
+import time
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.table import Column, Table
+from typer.core import TyperGroup
+
+from placement.cli.app import Data, Json, Model, app, notes, print_json, progress_bar, tables
+from placement.cli.tables import profile_table
+
+if TYPE_CHECKING:
+    from profiler.folder import StoredProfile
+
+
+class _ProfileGroup(TyperGroup):
+    """`coterie profile MODEL` records; `merge` and `split` are commands of their own."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        return super().parse_args(ctx, args if args and args[0] in self.commands else ["record", *args])
+
+
+profile_app = typer.Typer(cls=_ProfileGroup, help="Record which experts every token of a text picks; merge; split.")
+app.add_typer(profile_app, name="profile")
+
+
+@profile_app.command("record", epilog="See also: coterie profile merge --help, coterie profile split --help")
+def profile(
+    model: Model = None,
+    out: Annotated[Path, typer.Option("-o", "--out", help="Profile folder to write.")] = Path("run.profile"),
+    data: Data = None,
+    text_field: Annotated[str, typer.Option(help="Field of JSON lines or a dataset that holds the text.")] = "text",
+    domain_field: Annotated[str, typer.Option(help="Field that names the domain, where there is one.")] = "domain",
+    split: Annotated[str, typer.Option(help="Split of a Hugging Face dataset.")] = "train",
+    chat: Annotated[bool, typer.Option("--chat", help="Put plain text through the chat template.")] = False,
+    sequence_length: Annotated[int, typer.Option(help="Tokens in a sequence.")] = 256,
+    batch_size: Annotated[int, typer.Option(help="Sequences in a batch.")] = 16,
+    max_tokens: Annotated[int | None, typer.Option(help="Stop after so many tokens of text.")] = None,
+    decode_tokens: Annotated[int, typer.Option(help="Tokens of decoding to record after each sequence.")] = 0,
+    max_traced_tokens: Annotated[
+        int | None, typer.Option(help="Keep the expert sets of a sample of so many tokens; all are counted.")
+    ] = None,
+    weights: Annotated[bool, typer.Option("--weights", help="Keep the routers' weights too.")] = False,
+    seed: Annotated[
+        int | None, typer.Option(help="Take the texts in random order; of the sample and of decoding too.")
+    ] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with a recording that was stopped.")] = False,
+    device: Annotated[str | None, typer.Option(help="Such as cpu or cuda:0; chosen if left out.")] = None,
+    device_map: Annotated[
+        str | None, typer.Option(help="auto spreads a model that is larger than one accelerator.")
+    ] = None,
+    dtype: Annotated[
+        str | None, typer.Option(help="auto, float32, bfloat16 or float16; on the CPU float32 if left out.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Record which experts every token of a text picks.
+
+    Example: coterie profile ./OLMoE-1B-7B --data texts/ -o run.profile
+    """
+    from profiler import zoo
+    from profiler.calibration import read_documents
+    from profiler.folder import require_replaceable
+    from profiler.loading import load_model
+    from profiler.profiling import profile_model
+    from profiler.writer import unfinished_folder
+
+    require_replaceable(out)
+    documents = read_documents(
+        data or [zoo.CALIBRATION], text_field=text_field, domain_field=domain_field, split=split, seed=seed
+    )
+    with notes.status(f"loading {model or zoo.NAME}"):
+        loaded = load_model(model, device, device_map=device_map, dtype=dtype)
+    started = time.perf_counter()
+    try:
+        with progress_bar("tokens") as advance_to:
+            recorded = profile_model(
+                loaded,
+                documents,
+                out,
+                sequence_length=sequence_length,
+                batch_size=batch_size,
+                max_tokens=max_tokens,
+                decode_tokens=decode_tokens,
+                as_chat=chat,
+                max_traced_tokens=max_traced_tokens,
+                weights=weights,
+                seed=seed or 0,
+                resume=resume,
+                on_progress=advance_to,
+            )
+    except KeyboardInterrupt:
+        notes.print(f"stopped; {unfinished_folder(out)} holds what was recorded: go on with --resume")
+        raise typer.Exit(130) from None
+    seconds = time.perf_counter() - started
+    _show_profile(recorded, as_json, f"{recorded.num_tokens / seconds:,.0f} tokens/s")
+
+
+@profile_app.command()
+def merge(
+    runs: Annotated[list[Path], typer.Argument(help="Profile folders of one model.")],
+    out: Annotated[Path, typer.Option("-o", "--out", help="Profile folder to write.")],
+    as_json: Json = False,
+) -> None:
+    """Unite profiles of several processes or days: counts as if all had been one run.
+
+    Example: coterie profile merge monday.profile tuesday.profile -o week.profile
+    """
+    from profiler.folder import open_profile
+    from profiler.merging import merge as merge_profiles
+
+    total = sum(len(open_profile(run).shards) for run in runs)
+    with progress_bar("shards") as advance_to:
+        done = iter(range(1, total + 1))
+        merged = merge_profiles(runs, out, on_shard=lambda: advance_to(next(done), total))
+    _show_profile(merged, as_json, f"{len(runs)} profiles")
+
+
+class SplitBy(StrEnum):
+    """What the parts of a split differ in."""
+
+    DOMAIN = "domain"
+    PHASE = "phase"
+    SEQUENCE = "sequence"
+
+
+@profile_app.command("split")
+def split_profile(
+    run: Annotated[Path, typer.Argument(help="Profile folder.")],
+    by: Annotated[SplitBy, typer.Option(help="Domains, prefill and decode, or even and odd sequences.")],
+    out: Annotated[Path, typer.Option("-o", "--out", help="Folder to write the parts into.")],
+    as_json: Json = False,
+) -> None:
+    """Write the domains, the phases, or two halves of the sequences as profiles of their own.
+
+    Example: coterie profile split run.profile --by domain -o by-domain/
+    """
+    from profiler.profile import Profile
+
+    recorded = Profile.load_from(run)
+    if by is SplitBy.DOMAIN:
+        parts = recorded.split_by_domain()
+    elif by is SplitBy.PHASE:
+        parts = recorded.split_by_phase()
+    else:
+        parts = dict(zip(("even", "odd"), recorded.split_by_sequence(), strict=True))
+    written = {}
+    for name, part in parts.items():
+        folder = out / (re.sub(r"[^\w.-]+", "-", name) + ".profile")
+        part.save(folder)
+        written[str(folder)] = part.num_tokens
+    if as_json:
+        print_json(written)
+    else:
+        table = Table("profile", Column("tokens", justify="right"))
+        for folder_name, tokens in written.items():
+            table.add_row(folder_name, f"{tokens:,}")
+        tables.print(table)
+
+
+import_app = typer.Typer(no_args_is_help=True, help="Read routing that was recorded elsewhere as a profile.")
+app.add_typer(import_app, name="import")
+
+
+@import_app.command("numpy")
+def import_numpy(
+    file: Annotated[Path, typer.Argument(help=".npz with topk_ids (T, L, K) and what goes with it, or .npy.")],
+    out: Annotated[Path, typer.Option("-o", "--out", help="Profile folder to write.")],
+    name: Annotated[str | None, typer.Option(help="Of the model; the file's name if left out.")] = None,
+    model_type: Annotated[str, typer.Option(help="Its architecture in transformers.")] = "unknown",
+    num_experts: Annotated[int | None, typer.Option(help="Experts in a layer, where the file does not say.")] = None,
+    hidden_size: Annotated[int, typer.Option(help="Values in a hidden state; 0 if not known.")] = 0,
+    expert_size: Annotated[int, typer.Option(help="Intermediate width of one expert; 0 if not known.")] = 0,
+    dtype: Annotated[str, typer.Option(help="Of the model's weights.")] = "bfloat16",
+    decode: Annotated[bool, typer.Option("--decode", help="The tokens were decoded, not prefilled.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Read numpy arrays: topk_ids (T, L, K), and optional weights, sequences, domains, phases and layer numbers.
+
+    Example: coterie import numpy routing.npz --hidden-size 2880 --expert-size 2880 -o run.profile
+    """
+    from profiler.folder import open_profile, require_replaceable
+    from profiler.importers.arrays import read_arrays
+
+    require_replaceable(out)
+    with notes.status(f"reading {file}"):
+        recorded = read_arrays(
+            file,
+            name=name,
+            model_type=model_type,
+            num_experts=num_experts,
+            hidden_size=hidden_size,
+            expert_size=expert_size,
+            dtype=dtype,
+            decode=decode,
+        )
+        recorded.save(out)
+    _show_profile(open_profile(out), as_json, f"read from {file}")
+
+
+def _show_profile(stored: StoredProfile, as_json: bool, how: str) -> None:
+    if as_json:
+        print_json(
+            {
+                "profile": str(stored.folder),
+                "model": stored.model.to_json(),
+                "num_tokens": stored.num_tokens,
+                "num_traced_tokens": stored.num_traced_tokens,
+            }
+        )
+    else:
+        tables.print(profile_table(stored))
+    dummy = stored.provenance.get("dummy_tokens", 0)
+    if dummy:
+        notes.print(
+            f"[bold]{dummy:,} of {stored.num_tokens:,} tokens pick the same in every layer as at least 1% of all do[/]"
+            ": warm-up, dummy or padding rows? Record without them"
+        )
+    notes.print(f"wrote {stored.folder}: {stored.num_tokens:,} tokens, {how}")

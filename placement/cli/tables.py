@@ -1,0 +1,154 @@
+"""What commands print at their end, as tables of 80 columns."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from rich.box import SIMPLE_HEAD
+from rich.table import Table
+
+if TYPE_CHECKING:
+    from placement.placement_map import PlacementMap
+    from placement.runtime.bench import BenchResult
+    from profiler.folder import StoredProfile
+
+
+def profile_table(stored: StoredProfile) -> Table:
+    """Tokens and load imbalance of the experts, by domain."""
+    table = Table(title=f"{stored.model.describe()}", title_justify="left")
+    table.add_column("domain")
+    for column in ("tokens", "busiest expert, share of tokens", "unused experts"):
+        table.add_column(column, justify="right")
+    for domain, tokens, load_LE in zip(stored.domains, stored.counts.tokens.tolist(), stored.counts.load, strict=True):
+        share = load_LE.max() / max(tokens, 1)
+        table.add_row(domain, f"{tokens:,}", f"{share:.1%}", f"{(load_LE == 0).mean():.1%}")
+    return table
+
+
+METRICS = {
+    "fan_out": 2,
+    "busiest_ingress": 3,
+    "imbalance_ratio": 2,
+    "intra_share": 3,
+    "node_fan_out": 2,
+    "busiest_node_ingress": 3,
+}
+"""Columns of tables, and their digits."""
+
+
+def plan_table(placement: PlacementMap) -> Table:
+    """Held-out figures of all strategies; the chosen one stands out."""
+    assert placement.metrics
+    measured = next(iter(placement.metrics.values()))
+    title = (
+        f"{placement.model.name} on {placement.topology.num_ranks} ranks, held out: "
+        f"{measured['tokens_measured_on']:,} tokens (planned on {measured['tokens_planned_on']:,})"
+    )
+    figures = {name: measured["held_out"] for name, measured in placement.metrics.items()}
+    return metrics_table(title, figures, str(placement.solver["name"]), placement.topology.num_nodes > 1)
+
+
+def metrics_table(title: str, figures: Mapping[str, Any], chosen: str | None = None, nodes: bool = False) -> Table:
+    """A row for each map: mean over layers and the worst layer."""
+    table = Table(
+        title=title,
+        caption="mean over layers (worst layer)",
+        title_justify="left",
+        caption_justify="left",
+        box=SIMPLE_HEAD,
+        show_edge=False,
+        padding=(0, 1, 0, 0),
+    )
+    table.add_column("strategy", no_wrap=True)
+    left_out = ("intra_share", "node_fan_out") if nodes else ("node_fan_out", "busiest_node_ingress")  # 80 columns
+    columns = {name: digits for name, digits in METRICS.items() if name not in left_out}
+    for column in columns:
+        table.add_column("\n".join(column.rsplit("_", 1)), justify="right", no_wrap=True)
+    timed = all("predicted_time" in measured for measured in figures.values())
+    if timed:
+        table.add_column("predicted\ntime, µs", justify="right", no_wrap=True)
+    for name, measured in figures.items():
+        cells = []
+        for column, digits in columns.items():
+            mean, worst = measured[column]["mean"], measured[column]["worst"]
+            cells.append("-" if mean is None else f"{mean:.{digits}f} ({worst:.{digits}f})")
+        if timed:
+            cells.append(f"{measured['predicted_time']['mean'] * 1e6:,.0f}")
+        table.add_row(name, *cells, style="bold" if name == chosen else None)
+    return table
+
+
+def regret_table(regrets: Mapping[str, Mapping[str, float]]) -> Table:
+    """By domain, this plan beside one of the domain's own, on its unseen sequences."""
+    table = Table(
+        title="busiest_ingress / imbalance_ratio by domain, held out",
+        caption="regret: how much higher this plan's busiest_ingress is than that of the domain's own plan",
+        title_justify="left",
+    )
+    table.add_column("domain")
+    for column in ("this plan", "its own plan", "regret"):
+        table.add_column(column, justify="right")
+    for domain, row in regrets.items():
+        table.add_row(
+            domain,
+            f"{row['busiest_ingress']:.3f} / {row['imbalance_ratio']:.2f}",
+            f"{row['own_busiest_ingress']:.3f} / {row['own_imbalance_ratio']:.2f}",
+            f"{row['regret']:+.1%}",
+        )
+    return table
+
+
+def certificate_table(certificate: Mapping[str, Any]) -> Table:
+    """By metric: the plan's mean over layers, the mean bound, and how many layers are proved to be optimal."""
+    table = Table(
+        title="how far from the best, on the tokens planned with",
+        caption=f"layer {next(iter(certificate))}: {next(iter(certificate.values()))['statement']}",
+        title_justify="left",
+        caption_justify="left",
+    )
+    table.add_column("metric")
+    for column in ("plan", "bound", "mean gap", "worst gap", "layers optimal"):
+        table.add_column(column, justify="right")
+    for metric in ("busiest_ingress", "fan_out"):
+        bounds = [layer[metric] for layer in certificate.values()]
+        gaps = [bound["gap"] for bound in bounds]
+        table.add_row(
+            metric,
+            f"{sum(bound['value'] for bound in bounds) / len(bounds):.3f}",
+            f"{sum(bound['bound'] for bound in bounds) / len(bounds):.3f}",
+            f"{sum(gaps) / len(gaps):.1%}",
+            f"{max(gaps):.1%}",
+            f"{sum(bound['optimal'] for bound in bounds)} of {len(bounds)}",
+        )
+    return table
+
+
+def bench_table(result: BenchResult) -> Table:
+    """Bytes and times of every row; fits 80 columns."""
+    difference = max(row.max_difference for row in result.rows)
+    table = Table(
+        title=f"{result.model}, {result.num_ranks} ranks ({result.backend}), {result.tokens_per_rank} tokens a rank",
+        caption=f"ms of the slowest rank in one forward pass, median of {result.repeats} paired runs (least to most); "
+        f"copies: of a token in a layer; logits differ from one process by {difference:.1e} at most",
+        title_justify="left",
+        caption_justify="left",
+        box=SIMPLE_HEAD,
+        padding=0,
+        show_edge=False,
+    )
+    table.add_column("implementation", no_wrap=True)
+    table.add_column("map", no_wrap=True)
+    for column in ("MB\nsent", "copies", "dispatch", "expert", "combine", "total", "speed\nup"):
+        table.add_column(column, justify="right", no_wrap=True)
+    for row in result.rows:
+        table.add_row(
+            row.implementation,
+            row.map,
+            f"{row.bytes_sent / 1e6:.1f}",
+            f"{row.rows_per_token:.2f}",
+            *(f"{phase.median:.3g}" for phase in (row.dispatch, row.expert, row.combine)),
+            f"{row.total.median:.3g} ({row.total.least:.3g}-{row.total.most:.3g})",
+            f"{row.speed_up:.2f}",
+        )
+    return table
