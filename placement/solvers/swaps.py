@@ -4,9 +4,9 @@ For experts a on place r and b on place s, what a swap does to the tokens that r
 
 - `lone[a]`: tokens that reach r only through a, and would leave it with a;
 - `both[a, b]`: of these, the ones that pick b as well, so that b keeps them there;
-- `touched[b, r]`: tokens that pick b and reach r already; the other tokens of b would come to it.
+- `touched[r, b]`: tokens that pick b and reach r already; the other tokens of b would come to it.
 
-So reached[r] becomes reached[r] - lone[a] + both[a, b] + picked[b] - touched[b, r], likewise for s, and nothing else
+So reached[r] becomes reached[r] - lone[a] + both[a, b] + picked[b] - touched[r, b], likewise for s, and nothing else
 changes.  Places are ranks, and nodes where there are several.  After a swap only sets with a or b are tallied anew.
 """
 
@@ -63,7 +63,7 @@ class Level(NamedTuple):
     reached: Floats  # (C, F)
     lone: Floats  # (E, F)
     both: Floats  # (E, E, F)
-    touched: Floats  # (E, C, F)
+    touched: Floats  # (C, E, F)
 
 
 class Weights(NamedTuple):
@@ -175,25 +175,49 @@ def root(value: float, doublings: int) -> float:
 
 
 @numba.njit(cache=True, nogil=True)
-def _tally(experts: npt.NDArray[np.int32], fold: int, share: float, place_of: Ints, seen: Ints, level: Level) -> None:
-    """Add one token set, `share` times, to a level; `seen` is all zeros before and after."""
+def root_at_least(change: float, doublings: int) -> float:
+    """A lower bound of root(1 + change) without taking roots: most swaps are passed over by it alone.
+
+    The second-order series lies below the root of a growing value.  Of a shrinking one the terms left out add less than
+    1.2 of the second, as long as a quarter is left.
+    """
+    if change <= -0.75:
+        return 0.0
+    slope = 1.0 / (1 << doublings)
+    bend = slope * (1.0 - slope) / 2
+    return 1.0 + change * slope - (1.0 if change > 0 else 2.2) * bend * change * change
+
+
+@numba.njit(cache=True, nogil=True)
+def _tally(
+    experts: npt.NDArray[np.int32],
+    fold: int,
+    share: float,
+    place_of: Ints,
+    counted: npt.NDArray[np.bool_],
+    seen: Ints,
+    level: Level,
+) -> None:
+    """Add one token set, `share` times, to the tallies of the places that are `counted`; `seen` is all zeros around."""
     for expert in experts:
         if expert >= 0:
             seen[place_of[expert]] += 1
     for expert in experts:
-        if expert >= 0 and seen[place_of[expert]] == 1:
-            level.lone[expert, fold] += share
-            for other in experts:
-                if other >= 0:
-                    level.both[expert, other, fold] += share
-    for expert in experts:
         if expert >= 0 and seen[place_of[expert]] > 0:
             place = place_of[expert]
+            lone = seen[place] == 1
             seen[place] = 0
+            if not counted[place]:
+                continue
             level.reached[place, fold] += share
             for other in experts:
                 if other >= 0:
-                    level.touched[other, place, fold] += share
+                    level.touched[place, other, fold] += share
+            if lone:
+                level.lone[expert, fold] += share
+                for other in experts:
+                    if other >= 0:
+                        level.both[expert, other, fold] += share
 
 
 @numba.njit(cache=True, nogil=True)
@@ -202,7 +226,7 @@ def _new_level(num_places: int, num_experts: int, num_folds: int) -> Level:
         np.zeros((num_places, num_folds)),
         np.zeros((num_experts, num_folds)),
         np.zeros((num_experts, num_experts, num_folds)),
-        np.zeros((num_experts, num_places, num_folds)),
+        np.zeros((num_places, num_experts, num_folds)),
     )
 
 
@@ -211,14 +235,14 @@ def _after(level: Level, picked: Floats, a: int, b: int, place: int, fold: int) 
     """Share of the fold's tokens that reach `place` when a leaves it and b (none if negative) comes."""
     value = float(level.reached[place, fold] - level.lone[a, fold])
     if b >= 0:
-        value += level.both[a, b, fold] + picked[b, fold] - level.touched[b, place, fold]
+        value += level.both[a, b, fold] + picked[b, fold] - level.touched[place, b, fold]
     return max(value, 0.0)
 
 
 @numba.njit(cache=True, nogil=True)
 def _joined(level: Level, picked: Floats, a: int, place: int, fold: int) -> float:
     """Share of the fold's tokens that reach `place` when a comes and nothing leaves."""
-    return float(level.reached[place, fold] + picked[a, fold] - level.touched[a, place, fold])
+    return float(level.reached[place, fold] + picked[a, fold] - level.touched[place, a, fold])
 
 
 @numba.njit(cache=True, nogil=True)
@@ -261,10 +285,11 @@ def descend(
     ranks = _new_level(num_ranks, num_experts, num_folds)
     nodes = _new_level(num_nodes if by_node else 0, num_experts if by_node else 0, num_folds)
     seen = np.zeros(num_ranks, np.int64)
+    at_rank, at_node = np.ones(num_ranks, np.bool_), np.ones(num_nodes, np.bool_)
     for row in range(len(tokens.sets)):
-        _tally(tokens.sets[row], tokens.folds[row], tokens.shares[row], rank_of, seen, ranks)
+        _tally(tokens.sets[row], tokens.folds[row], tokens.shares[row], rank_of, at_rank, seen, ranks)
         if by_node:
-            _tally(tokens.sets[row], tokens.folds[row], tokens.shares[row], node_of, seen, nodes)
+            _tally(tokens.sets[row], tokens.folds[row], tokens.shares[row], node_of, at_node, seen, nodes)
     rank_load, fold_load, count = np.zeros(num_ranks), np.zeros((num_ranks, num_folds)), np.zeros(num_ranks, np.int64)
     affinity = np.zeros((num_experts, num_ranks))
     for expert in range(num_experts):
@@ -274,25 +299,30 @@ def descend(
         if weights.collaboration > 0:
             affinity[:, rank_of[expert]] += tokens.coactivation[:, expert]
     reach_powers, node_powers, load_powers = np.zeros(num_folds), np.zeros(num_folds), np.zeros(num_folds)
-    trial = np.empty(num_folds)
+    reach_norm, node_norm, load_norm = np.zeros(num_folds), np.zeros(num_folds), np.zeros(num_folds)
+    new_reach, new_node, new_load = np.zeros(num_folds), np.zeros(num_folds), np.zeros(num_folds)
+    fan_out, trial = np.zeros(num_folds), np.empty(num_folds)
+    new_fan_out = np.zeros(num_folds)
     value = 0.0
     quiet, turn = 0, 0
     stale = True
     while quiet < num_experts:
         if stale:
             for fold in range(num_folds):
-                reach_powers[fold], node_powers[fold], load_powers[fold] = 0.0, 0.0, 0.0
-                fan_out = 0.0
+                reach_powers[fold], node_powers[fold], load_powers[fold], fan_out[fold] = 0.0, 0.0, 0.0, 0.0
                 for rank in range(num_ranks):
                     reach_powers[fold] += power(ranks.reached[rank, fold], doublings)
                     load_powers[fold] += power(fold_load[rank, fold], doublings)
-                    fan_out += ranks.reached[rank, fold]
+                    fan_out[fold] += ranks.reached[rank, fold]
                 for node in range(len(nodes.reached)):
                     node_powers[fold] += power(nodes.reached[node, fold], doublings)
-                trial[fold] = weights.ingress * root(reach_powers[fold], doublings) + weights.fan_out * fan_out
-                trial[fold] += weights.load * root(load_powers[fold], doublings)
-                if by_node:
-                    trial[fold] += weights.node_ingress * root(node_powers[fold], doublings)
+                reach_powers[fold] = max(reach_powers[fold], 1e-300)  # a fold without picks
+                load_powers[fold] = max(load_powers[fold], 1e-300)
+                node_powers[fold] = max(node_powers[fold], 1e-300)
+                reach_norm[fold] = weights.ingress * root(reach_powers[fold], doublings)
+                load_norm[fold] = weights.load * root(load_powers[fold], doublings)
+                node_norm[fold] = weights.node_ingress * root(node_powers[fold], doublings) if by_node else 0.0
+                trial[fold] = reach_norm[fold] + load_norm[fold] + node_norm[fold] + weights.fan_out * fan_out[fold]
             value = over_folds(trial, worst_fold)
             stale = False
         a = order[turn % num_experts]
@@ -314,6 +344,7 @@ def descend(
                 gain = affinity[a, s] - affinity[a, r]
                 if b >= 0:
                     gain += affinity[b, r] - affinity[b, s] - 2 * tokens.coactivation[a, b]
+            at_least = 0.0
             for fold in range(num_folds):
                 new_r = _after(ranks, tokens.picked, a, b, r, fold)
                 if b >= 0:
@@ -321,34 +352,45 @@ def descend(
                 else:
                     new_s = _joined(ranks, tokens.picked, a, s, fold)
                 old_r, old_s = ranks.reached[r, fold], ranks.reached[s, fold]
-                total = 0.0
                 if weights.ingress > 0:
-                    powers = reach_powers[fold] + power(new_r, doublings) + power(new_s, doublings)
-                    powers -= power(old_r, doublings) + power(old_s, doublings)
-                    total += weights.ingress * root(max(powers, 0.0), doublings)
+                    change = power(new_r, doublings) + power(new_s, doublings)
+                    change -= power(old_r, doublings) + power(old_s, doublings)
+                    new_reach[fold] = reach_powers[fold] + change
+                    at_least += reach_norm[fold] * root_at_least(change / reach_powers[fold], doublings)
                 if weights.fan_out > 0:
-                    total += weights.fan_out * (ranks.reached[:, fold].sum() + new_r + new_s - old_r - old_s)
+                    new_fan_out[fold] = fan_out[fold] + new_r + new_s - old_r - old_s
+                    at_least += weights.fan_out * new_fan_out[fold]
                 if weights.load > 0:
-                    change = ((tokens.picked[b, fold] if b >= 0 else 0.0) - tokens.picked[a, fold]) / tokens.mean_load[
-                        fold
-                    ]
+                    gained = tokens.picked[b, fold] if b >= 0 else 0.0
+                    gained = (gained - tokens.picked[a, fold]) / tokens.mean_load[fold]
                     old_r, old_s = fold_load[r, fold], fold_load[s, fold]
-                    powers = load_powers[fold] + power(old_r + change, doublings) + power(old_s - change, doublings)
-                    powers -= power(old_r, doublings) + power(old_s, doublings)
-                    total += weights.load * root(max(powers, 0.0), doublings)
+                    change = power(old_r + gained, doublings) + power(old_s - gained, doublings)
+                    change -= power(old_r, doublings) + power(old_s, doublings)
+                    new_load[fold] = load_powers[fold] + change
+                    at_least += load_norm[fold] * root_at_least(change / load_powers[fold], doublings)
                 if by_node:
                     u, v = r // ranks_per_node, s // ranks_per_node
-                    powers = node_powers[fold]
+                    change = 0.0
                     if u != v:
                         new_u = _after(nodes, tokens.picked, a, b, u, fold)
                         if b >= 0:
                             new_v = _after(nodes, tokens.picked, b, a, v, fold)
                         else:
                             new_v = _joined(nodes, tokens.picked, a, v, fold)
-                        powers += power(new_u, doublings) + power(new_v, doublings)
-                        powers -= power(nodes.reached[u, fold], doublings) + power(nodes.reached[v, fold], doublings)
-                    total += weights.node_ingress * root(max(powers, 0.0), doublings)
-                trial[fold] = total
+                        change = power(new_u, doublings) + power(new_v, doublings)
+                        change -= power(nodes.reached[u, fold], doublings) + power(nodes.reached[v, fold], doublings)
+                    new_node[fold] = node_powers[fold] + change
+                    at_least += node_norm[fold] * root_at_least(change / node_powers[fold], doublings)
+            if not worst_fold and at_least / num_folds - weights.collaboration * gain >= best:
+                continue
+            for fold in range(num_folds):
+                trial[fold] = weights.fan_out * new_fan_out[fold]
+                if weights.ingress > 0:
+                    trial[fold] += weights.ingress * root(max(new_reach[fold], 0.0), doublings)
+                if weights.load > 0:
+                    trial[fold] += weights.load * root(max(new_load[fold], 0.0), doublings)
+                if by_node:
+                    trial[fold] += weights.node_ingress * root(max(new_node[fold], 0.0), doublings)
             found = over_folds(trial, worst_fold) - weights.collaboration * gain
             if found < best:
                 best, best_b, best_s = found, b, s
@@ -357,6 +399,9 @@ def descend(
             continue
         quiet, stale = 0, True
         b, s = best_b, best_s
+        at_rank[:], at_node[:] = False, False
+        at_rank[r], at_rank[s] = True, True
+        at_node[r // ranks_per_node], at_node[s // ranks_per_node] = True, True
         for sign in (-1.0, 1.0):
             for expert in (a, b):
                 if expert < 0:
@@ -365,9 +410,9 @@ def descend(
                     experts = tokens.sets[row]
                     if expert == b and _holds(experts, a):
                         continue  # sets with both are tallied once
-                    _tally(experts, tokens.folds[row], sign * tokens.shares[row], rank_of, seen, ranks)
+                    _tally(experts, tokens.folds[row], sign * tokens.shares[row], rank_of, at_rank, seen, ranks)
                     if by_node:
-                        _tally(experts, tokens.folds[row], sign * tokens.shares[row], node_of, seen, nodes)
+                        _tally(experts, tokens.folds[row], sign * tokens.shares[row], node_of, at_node, seen, nodes)
             if sign < 0:
                 rank_of[a], node_of[a] = s, s // ranks_per_node
                 if b >= 0:
