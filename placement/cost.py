@@ -99,6 +99,8 @@ def evaluate(placement: PlacementMap, tokens: TokenTrace, choice: Choice = "toke
     layers: list[Mapping[str, Any]] = []
     for ids_TK, slots_P in zip(tokens.topk_ids, placement.physical_to_logical_map, strict=True):
         ranks_EX = ranks_of_experts(slots_P, num_experts, topology.slots_per_rank)
+        if ranks_EX.shape[1] > 1:  # ties among copies go by load so far: a batch mixes sequences, a file does not
+            ids_TK = np.random.default_rng(0).permutation(ids_TK)
         if choice == "source" and ranks_EX.shape[1] > 1:
             per_source = nearest_ranks(ranks_EX, topology)[:, :, None]
         else:

@@ -10,8 +10,9 @@ that falls to nothing: simulated annealing (Kirkpatrick, Gelatt and Vecchi, 1983
 from __future__ import annotations
 
 import math
+import time
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import numba
 import numpy as np
@@ -20,6 +21,7 @@ import numpy.typing as npt
 from placement.choice import choose, ranks_of_experts
 from placement.solvers.contract import LayerProblem, Slots
 from placement.solvers.copies import with_copies
+from placement.solvers.load import load as load_only
 from placement.solvers.swaps import DOUBLINGS, Effort, Tokens, Weights, over_folds, power, prepare, root, weights_of
 
 Floats = npt.NDArray[np.float64]
@@ -31,43 +33,99 @@ TRIES_PER_KICK = 200
 MAX_ROWS = 10_000
 """Token sets to judge changes by: a draw of so many tokens where there are more."""
 
-LOAD_COUNTS = 8.0
-"""Copies can balance any load, and greedy choices lean to ranks that many tokens visit: load counts so much more."""
+BALANCED = 1.02
+"""Copies can balance nearly any load: no rank is to have more than this over the mean, or than the load-only plan."""
 
-HOTTEST = 0.004
+EXCESS_COUNTS = 5.0
+"""Shares of the objective that each share of the mean load above that costs."""
+
+HOTTEST = 0.002
 """Share of the objective by which a change may be worse and still be kept once in e times at the start."""
+
+CHUNK = 500
+"""Tries between looks at the clock."""
 
 
 def search_copies(problem: LayerProblem, slots: Slots, rng: np.random.Generator, effort: Effort) -> Slots:
     """Fill the free slots of a plan without copies, then change slots while tokens choose anew."""
     slots = with_copies(slots, problem)
     topology = problem.topology
-    ranks_EX = np.full((problem.num_experts, topology.num_ranks), -1, dtype=np.int64)
-    known = ranks_of_experts(slots, problem.num_experts, topology.slots_per_rank)
-    ranks_EX[:, : known.shape[1]] = known
-    weights = weights_of(problem)
-    _anneal(
-        prepare(_sample(problem, rng)),
-        slots,
-        ranks_EX,
-        (topology.num_nodes, topology.ranks_per_node, topology.slots_per_rank),
-        weights._replace(load=weights.load * LOAD_COUNTS),
-        problem.load_cap,
-        DOUBLINGS[-1],
-        problem.worst_fold,
-        effort.num_kicks * TRIES_PER_KICK,
-        rng,
-    )
-    return slots
+    shape = (topology.num_nodes, topology.ranks_per_node, topology.slots_per_rank)
+    tokens, weights = prepare(_sample(problem, rng)), weights_of(problem)
+    balanced = _served(tokens, _room_for_copies(load_only(problem, rng), problem), shape)
+    load_cap = min(problem.load_cap, max(BALANCED, float((balanced.load / tokens.mean_load).mean(axis=1).max())))
+    ranks_EX = _room_for_copies(slots, problem)
+    served = _served(tokens, ranks_EX, shape)
+    best, best_value = slots.copy(), np.array([np.inf])
+    num_tries = effort.num_kicks * TRIES_PER_KICK
+    for first in range(0, num_tries, CHUNK):
+        if time.monotonic() > effort.deadline and first:
+            break
+        _anneal(
+            tokens,
+            slots,
+            ranks_EX,
+            served,
+            shape,
+            weights,
+            load_cap,
+            problem.worst_fold,
+            (first, min(first + CHUNK, num_tries), num_tries),
+            best,
+            best_value,
+            rng,
+        )
+    return best
+
+
+def _room_for_copies(slots: Slots, problem: LayerProblem) -> Ints:
+    """The ranks of each expert, int64 (E, R), ascending and padded with -1."""
+    known = ranks_of_experts(slots, problem.num_experts, problem.slots_per_rank)
+    out = np.full((problem.num_experts, problem.num_ranks), -1, dtype=np.int64)
+    out[:, : known.shape[1]] = known
+    return out
 
 
 def _sample(problem: LayerProblem, rng: np.random.Generator) -> LayerProblem:
-    """The problem, or one of `MAX_ROWS` tokens drawn from it with replacement."""
+    """The problem, or one of `MAX_ROWS` tokens drawn from it, in random order: choices go by the load so far."""
     if len(problem.sets) <= MAX_ROWS:
-        return problem
-    drawn = rng.multinomial(MAX_ROWS, problem.weights / problem.weights.sum())
-    keep = drawn > 0
-    return replace(problem, sets=problem.sets[keep], folds=problem.folds[keep], weights=drawn[keep].astype(np.float64))
+        keep, weights = rng.permutation(len(problem.sets)), problem.weights
+    else:
+        weights = rng.multinomial(MAX_ROWS, problem.weights / problem.weights.sum()).astype(np.float64)
+        keep = rng.permutation(np.flatnonzero(weights))
+    return replace(problem, sets=problem.sets[keep], folds=problem.folds[keep], weights=weights[keep])
+
+
+class Served(NamedTuple):
+    """Which ranks serve the token sets, and what that adds up to, in shares of each fold's tokens."""
+
+    chosen: Ints  # (U, K)
+    reached: Floats  # (R, F)
+    node_reached: Floats  # (N, F)
+    load: Floats  # (R, F)
+    total_load: Floats  # (R,)
+
+
+@numba.njit(cache=True, nogil=True)
+def _served(tokens: Tokens, ranks_EX: Ints, shape: tuple[int, int, int]) -> Served:
+    """Let every token set choose its ranks, one after another."""
+    num_nodes, ranks_per_node, _ = shape
+    num_ranks, num_folds = num_nodes * ranks_per_node, tokens.picked.shape[1]
+    out = Served(
+        np.full(tokens.sets.shape, -1, np.int64),
+        np.zeros((num_ranks, num_folds)),
+        np.zeros((num_nodes, num_folds)),
+        np.zeros((num_ranks, num_folds)),
+        np.zeros(num_ranks),
+    )
+    seen, node_seen = np.zeros(num_ranks, np.int64), np.zeros(num_nodes, np.int64)
+    experts, ranks = np.empty(tokens.sets.shape[1], np.int64), np.empty(tokens.sets.shape[1], np.int64)
+    for row in range(len(tokens.sets)):
+        experts[:] = tokens.sets[row]
+        choose(experts, ranks_EX, ranks_per_node, out.total_load, seen, node_seen, ranks)
+        out.chosen[row] = ranks
+        _count(row, 1.0, tokens, ranks_per_node, seen, node_seen, out)
+    return out
 
 
 @numba.njit(cache=True, nogil=True)
@@ -75,39 +133,37 @@ def _anneal(
     tokens: Tokens,
     slots: Ints,
     ranks_EX: Ints,
+    served: Served,
     shape: tuple[int, int, int],
     weights: Weights,
     load_cap: float,
-    doublings: int,
     worst_fold: bool,
-    num_tries: int,
+    tries: tuple[int, int, int],
+    best_slots: Ints,
+    best_value: Floats,
     rng: np.random.Generator,
 ) -> None:
-    """Change `slots` (and `ranks_EX`, which has room for a copy on every rank) in place, ending with the best found."""
+    """Try changes of `slots`; changes it, `ranks_EX` and `served` in place, and `best_*` where a plan is better.
+
+    Args:
+        tries: the first, the one after the last, and how many there are in all: the heat falls with them.
+    """
     num_nodes, ranks_per_node, slots_per_rank = shape
-    num_ranks, (num_experts, num_folds) = num_nodes * ranks_per_node, tokens.picked.shape
     top_k = tokens.sets.shape[1]
-    reached, load = np.zeros((num_ranks, num_folds)), np.zeros((num_ranks, num_folds))
-    node_reached = np.zeros((num_nodes, num_folds))
-    total_load = np.zeros(num_ranks)
-    chosen = np.full(tokens.sets.shape, -1, dtype=np.int64)
-    served, node_served = np.zeros(num_ranks, np.int64), np.zeros(num_nodes, np.int64)
+    value = _value(served, tokens, weights, load_cap, worst_fold)
+    if value < best_value[0]:
+        best_value[0] = value
+        best_slots[:] = slots
+    seen, node_seen = np.zeros(num_nodes * ranks_per_node, np.int64), np.zeros(num_nodes, np.int64)
     experts, out = np.empty(top_k, np.int64), np.empty(top_k, np.int64)
-    for row in range(len(tokens.sets)):
-        experts[:] = tokens.sets[row]
-        choose(experts, ranks_EX, ranks_per_node, total_load, served, node_served, out)
-        chosen[row] = out
-        _count(row, 1.0, chosen, tokens, ranks_per_node, served, node_served, reached, node_reached, load, total_load)
-    value = _value(reached, node_reached, load, tokens, weights, load_cap, doublings, worst_fold)
-    best, best_slots = value, slots.copy()
     rows, before = np.empty(len(tokens.sets), np.int64), np.empty(tokens.sets.shape, np.int64)
     marked = np.zeros(len(tokens.sets), np.bool_)
-    copies = np.zeros(num_experts, np.int64)
+    copies = np.zeros(len(ranks_EX), np.int64)
     for expert in slots:
         if expert >= 0:
             copies[expert] += 1
-    for attempt in range(num_tries):
-        heat = HOTTEST * value * (1.0 - attempt / num_tries) ** 2 + 1e-300
+    for attempt in range(tries[0], tries[1]):
+        heat = HOTTEST * value * (1.0 - attempt / tries[2]) ** 2 + 1e-300
         p, q = rng.integers(0, len(slots)), rng.integers(0, len(slots))
         r, s = p // slots_per_rank, q // slots_per_rank
         a, b = slots[p], slots[q]
@@ -131,25 +187,16 @@ def _anneal(
                     if not marked[row]:
                         marked[row] = True
                         rows[num_rows] = row
-                        before[num_rows] = chosen[row]
+                        before[num_rows] = served.chosen[row]
                         num_rows += 1
-        for index in range(num_rows):
-            row = rows[index]
+        for row in rows[:num_rows]:
             marked[row] = False
-            _count(
-                row, -1.0, chosen, tokens, ranks_per_node, served, node_served, reached, node_reached, load, total_load
-            )
+            _count(row, -1.0, tokens, ranks_per_node, seen, node_seen, served)
             experts[:] = tokens.sets[row]
-            choose(experts, ranks_EX, ranks_per_node, total_load, served, node_served, out)
-            for k in range(top_k):
-                if out[k] >= 0:
-                    served[out[k]] = 0
-                    node_served[out[k] // ranks_per_node] = 0
-                chosen[row, k] = out[k]
-            _count(
-                row, 1.0, chosen, tokens, ranks_per_node, served, node_served, reached, node_reached, load, total_load
-            )
-        found = _value(reached, node_reached, load, tokens, weights, load_cap, doublings, worst_fold)
+            choose(experts, ranks_EX, ranks_per_node, served.total_load, seen, node_seen, out)
+            served.chosen[row] = out
+            _count(row, 1.0, tokens, ranks_per_node, seen, node_seen, served)
+        found = _value(served, tokens, weights, load_cap, worst_fold)
         if found <= value or rng.random() < math.exp((value - found) / heat):
             value = found
             if swap:
@@ -158,94 +205,70 @@ def _anneal(
                 slots[p] = b
                 copies[a] -= 1
                 copies[b] += 1
-            if value < best * (1 - 1e-12):
-                best = value
+            if value < best_value[0] * (1 - 1e-12):
+                best_value[0] = value
                 best_slots[:] = slots
             continue
         for index in range(num_rows):
-            row = rows[index]
-            _count(
-                row, -1.0, chosen, tokens, ranks_per_node, served, node_served, reached, node_reached, load, total_load
-            )
-            chosen[row] = before[index]
-            _count(
-                row, 1.0, chosen, tokens, ranks_per_node, served, node_served, reached, node_reached, load, total_load
-            )
+            _count(rows[index], -1.0, tokens, ranks_per_node, seen, node_seen, served)
+            served.chosen[rows[index]] = before[index]
+            _count(rows[index], 1.0, tokens, ranks_per_node, seen, node_seen, served)
         _move(ranks_EX[a], s if swap else -1, r)
         if b >= 0:
             _move(ranks_EX[b], r, s if swap else -1)
-    slots[:] = best_slots
 
 
 @numba.njit(cache=True, nogil=True)
 def _count(
-    row: int,
-    sign: float,
-    chosen: Ints,
-    tokens: Tokens,
-    ranks_per_node: int,
-    served: Ints,
-    node_served: Ints,
-    reached: Floats,
-    node_reached: Floats,
-    load: Floats,
-    total_load: Floats,
+    row: int, sign: float, tokens: Tokens, ranks_per_node: int, seen: Ints, node_seen: Ints, served: Served
 ) -> None:
-    """Add one token set as it is served; `served` and `node_served` are all zeros after."""
+    """Add one token set as it is served; `seen` and `node_seen` are all zeros after."""
     fold, share = tokens.folds[row], sign * tokens.shares[row]
-    for rank in chosen[row]:
+    ranks = served.chosen[row]
+    for rank in ranks:
         if rank >= 0:
-            served[rank], node_served[rank // ranks_per_node] = 0, 0
-    for rank in chosen[row]:
+            seen[rank], node_seen[rank // ranks_per_node] = 0, 0
+    for rank in ranks:
         if rank >= 0:
-            load[rank, fold] += share
-            total_load[rank] += share
-            if not served[rank]:
-                served[rank] = 1
-                reached[rank, fold] += share
-            if not node_served[rank // ranks_per_node]:
-                node_served[rank // ranks_per_node] = 1
-                node_reached[rank // ranks_per_node, fold] += share
-    for rank in chosen[row]:
+            served.load[rank, fold] += share
+            served.total_load[rank] += share
+            if not seen[rank]:
+                seen[rank] = 1
+                served.reached[rank, fold] += share
+            if not node_seen[rank // ranks_per_node]:
+                node_seen[rank // ranks_per_node] = 1
+                served.node_reached[rank // ranks_per_node, fold] += share
+    for rank in ranks:
         if rank >= 0:
-            served[rank], node_served[rank // ranks_per_node] = 0, 0
+            seen[rank], node_seen[rank // ranks_per_node] = 0, 0
 
 
 @numba.njit(cache=True, nogil=True)
-def _value(
-    reached: Floats,
-    node_reached: Floats,
-    load: Floats,
-    tokens: Tokens,
-    weights: Weights,
-    load_cap: float,
-    doublings: int,
-    worst_fold: bool,
-) -> float:
-    """The objective; load above the cap costs as much again for each share of the mean load."""
-    num_ranks, num_folds = reached.shape
+def _value(served: Served, tokens: Tokens, weights: Weights, load_cap: float, worst_fold: bool) -> float:
+    """The objective, and what load above the cap costs."""
+    doublings = DOUBLINGS[-1]
+    num_ranks, num_folds = served.reached.shape
     of_fold = np.zeros(num_folds)
     for fold in range(num_folds):
         reach_powers, load_powers, fan_out = 0.0, 0.0, 0.0
         for rank in range(num_ranks):
-            reach_powers += power(max(reached[rank, fold], 0.0), doublings)
-            load_powers += power(max(load[rank, fold] / tokens.mean_load[fold], 0.0), doublings)
-            fan_out += reached[rank, fold]
+            reach_powers += power(max(served.reached[rank, fold], 0.0), doublings)
+            load_powers += power(max(served.load[rank, fold] / tokens.mean_load[fold], 0.0), doublings)
+            fan_out += served.reached[rank, fold]
         of_fold[fold] = weights.ingress * root(reach_powers, doublings) + weights.fan_out * fan_out
         of_fold[fold] += weights.load * root(load_powers, doublings)
         if weights.node_ingress > 0:
             powers = 0.0
-            for node in range(len(node_reached)):
-                powers += power(max(node_reached[node, fold], 0.0), doublings)
+            for node in range(len(served.node_reached)):
+                powers += power(max(served.node_reached[node, fold], 0.0), doublings)
             of_fold[fold] += weights.node_ingress * root(powers, doublings)
-    value = over_folds(of_fold, worst_fold)
     highest = 0.0
     for rank in range(num_ranks):
         mean = 0.0
         for fold in range(num_folds):
-            mean += load[rank, fold] / tokens.mean_load[fold] / num_folds
+            mean += served.load[rank, fold] / tokens.mean_load[fold] / num_folds
         highest = max(highest, mean)
-    return value * (1.0 + max(highest - load_cap, 0.0))
+    return over_folds(of_fold, worst_fold) * (1.0 + EXCESS_COUNTS * max(highest - load_cap, 0.0))
 
 
 @numba.njit(cache=True, nogil=True)
