@@ -499,6 +499,59 @@ def test_malformed_files_are_one_line(folder, engine, data):
     assert bool(message) != (here / "out.profile").exists()
 
 
+JUNK = [None, True, "x", -1, 10**30, 0.5, float("nan"), [], {}, [1, "a"], [[1], [1, 2]], {"a": 1}, [[[]]]]
+TENSORS = [torch.zeros(0), torch.full((2, 30, 8), float("nan")), torch.full((2, 8), 9), torch.tensor(3), torch.eye(2)]
+
+
+def places(value, path=()):
+    """Where anything is in nested containers."""
+    yield path
+    if isinstance(value, dict | list):
+        for key, inner in value.items() if isinstance(value, dict) else enumerate(value[:3]):
+            yield from places(inner, (*path, key))
+
+
+def put(value, path, junk):
+    """With something else in one place."""
+    if not path:
+        return junk
+    changed = dict(value) if isinstance(value, dict) else list(value)
+    changed[path[0]] = put(value[path[0]], path[1:], junk)
+    return changed
+
+
+@pytest.mark.parametrize("engine", [*ENGINES, "meta"])
+@given(st.data())
+def test_contents_of_the_wrong_kind_are_one_line(folder, engine, data):
+    """Well-formed files with something unfit in any place, or without it."""
+    here = fresh(folder)
+    path, read = write_valid("tensorrt-llm" if engine == "meta" else engine, here)
+    path = here / "meta_info.json" if engine == "meta" else path
+    if path.suffix == ".safetensors":
+        name = data.draw(st.sampled_from(["0_0", "0_1", "x", "1_2_3", "-1_0"]))
+        shape = data.draw(st.sampled_from([(), (0,), (8,), (7,), (30, 2), (2, 2, 2)]))
+        dtype = data.draw(st.sampled_from([np.int64, np.uint8, np.float32, np.bool_]))
+        save_file({name: np.full(shape, data.draw(st.integers(0, 9))).astype(dtype)}, path)
+    else:
+        lines = [torch.load(path)] if path.suffix == ".pt" else [json.loads(line) for line in path.open()]
+        line = data.draw(st.integers(0, len(lines) - 1))
+        junk = data.draw(st.sampled_from(JUNK + TENSORS if path.suffix == ".pt" else JUNK))
+        lines[line] = put(lines[line], data.draw(st.sampled_from(list(places(lines[line])))), junk)
+        if path.suffix == ".pt":
+            torch.save(lines[0], path)
+        else:
+            path.write_text("\n".join(map(json.dumps, lines)))
+    message = ""
+    try:
+        write_recording(read(), here / "out.profile")
+        Profile.load_from(here / "out.profile")
+    except CoterieError as error:
+        message = str(error)
+    assert "\n" not in message
+    assert bool(message) != (here / "out.profile").exists()
+    assert not list(here.glob("*.partial"))
+
+
 @pytest.mark.parametrize("engine", ENGINES)
 def test_a_full_disk_leaves_nothing(tmp_path, monkeypatch, engine):
     path, read = write_valid(engine, tmp_path)

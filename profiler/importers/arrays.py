@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -61,8 +60,9 @@ def _load(path: Path) -> dict[str, npt.NDArray[Any]]:
             return {key: loaded[key] for key in loaded.files if key in KEYS}
     except FileNotFoundError:
         raise CoterieError(f"{path}: no such file; give a .npz or .npy file") from None
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
-        raise CoterieError(f"{path}: not readable as .npz or .npy, or truncated ({error})") from error
+    except Exception as error:  # numpy parses headers as Python, and so fails in all ways that Python can
+        reason = str(error).partition("\n")[0][:150]
+        raise CoterieError(f"{path}: not readable as .npz or .npy, or truncated ({reason})") from error
 
 
 def _to_profile(arrays: Mapping[str, npt.NDArray[Any]], known: Known, decode: bool, path: Path) -> Profile:

@@ -36,10 +36,12 @@ def read_vllm(paths: Sequence[Path], known: Known | None = None, *, domain: str 
 
 
 def _decode(encoded: EncodedIds, known: Known) -> npt.NDArray[np.int64]:
+    data = encoded.decode()
     try:
-        ids = np.load(io.BytesIO(encoded.decode()), allow_pickle=False)
-    except (OSError, ValueError, EOFError, SyntaxError) as error:
-        raise CoterieError(f"{encoded.where}: routed_experts is no .npy array, or truncated ({error})") from error
+        ids = np.load(io.BytesIO(data), allow_pickle=False)
+    except Exception as error:  # numpy parses the header as Python, and so fails in all ways that Python can
+        reason = str(error).partition("\n")[0][:150]
+        raise CoterieError(f"{encoded.where}: routed_experts is no .npy array, or truncated ({reason})") from error
     if not isinstance(ids, np.ndarray) or ids.ndim != 3 or not np.issubdtype(ids.dtype, np.integer) or 0 in ids.shape:
         found = f"{ids.dtype} {ids.shape}" if isinstance(ids, np.ndarray) else "an archive"
         raise CoterieError(f"{encoded.where}: routed_experts is {found}, must be whole numbers (tokens, layers, top-k)")
