@@ -170,6 +170,8 @@ def read_records(path: Path, content: dict[str, Any], map_LP: Any, kind: str) ->
             pass_id, rank = int(record["forward_pass_id"]), int(record["rank"])
             batch, positions, lengths, mode = b"", np.empty(0, dtype=np.int32), None, 0
             if kind == "per_token":
+                if not isinstance(record["input_ids"], list) or not isinstance(record["positions"], list):
+                    raise TypeError("input_ids and positions must be lists")
                 input_ids = np.array(record["input_ids"], dtype=np.int64)
                 positions, mode = np.array(record["positions"], dtype=np.int32), int(record["forward_mode"])
                 lengths = None if record["extend_seq_lens"] is None else [int(n) for n in record["extend_seq_lens"]]
