@@ -75,7 +75,8 @@ def write_recording(recording: Recording, out: Path) -> StoredProfile:
             dropped = num_tokens - writer.num_tokens
         if dropped == num_tokens and num_tokens:
             raise CoterieError(f"all {num_tokens} tokens are warm-up or padding rows: record real requests")
-        return writer.finish({**recording.provenance, **({"dummy_tokens_dropped": dropped} if dropped else {})})
+        left_out = {**recording.provenance, "dummy_tokens_dropped": dropped}
+        return writer.finish({name: value for name, value in left_out.items() if value != 0})
     except BaseException:
         discard_unfinished(out)
         raise
