@@ -16,6 +16,8 @@ import torch
 from profiler import zoo
 from profiler.calibration import Batch, Batches, Document, make_batches
 from profiler.errors import CoterieError
+from profiler.families import read_spec
+from profiler.spec import MoESpec
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 DEVICE_MAPS = ("auto", "balanced", "balanced_low_0", "sequential")
@@ -158,3 +160,32 @@ def load_model(
             ) from error
     name = zoo.NAME if model is None else Path(source).name if Path(source).is_dir() else source
     return LoadedModel(name, loaded.eval(), tokenizer)
+
+
+def read_shape(model: str) -> tuple[MoESpec, int]:
+    """The MoE layers of a model and the number of its hidden layers, dense ones included, from its config alone.
+
+    The model is built without memory for its weights, so that any size takes seconds and no weights need to be there.
+
+    Args:
+        model: a folder with config.json, or a hub id.
+
+    Raises:
+        CoterieError: there is no such config, or it is of no MoE model that coterie knows.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers.utils.logging import disable_progress_bar
+
+    disable_progress_bar()
+    try:
+        config = AutoConfig.from_pretrained(model)
+        with torch.device("meta"):
+            empty = AutoModelForCausalLM.from_config(config, dtype=getattr(config, "dtype", None))
+    except Exception as error:  # what a broken config raises is any library's choice
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise CoterieError(
+            f"{model}: its config cannot be read ({reason}); give a folder with config.json or a hub id, or leave "
+            "--model out and give --num-experts, --top-k and the sizes"
+        ) from error
+    name = Path(model).name if Path(model).is_dir() else model
+    return read_spec(empty, name), int(config.get_text_config().num_hidden_layers)

@@ -71,7 +71,8 @@ class Profile:
             CoterieError: this is a counts-only profile.
         """
         if self.tokens is None:
-            raise CoterieError("the profile holds counts only, and ingress and fan_out need token sets: record them")
+            remedy = self.provenance.get("to_get_tokens", "record them")
+            raise CoterieError(f"the profile holds counts only, and ingress and fan_out need token sets: {remedy}")
         return self.tokens
 
     def split_by_sequence(self) -> tuple[Profile, Profile]:

@@ -160,6 +160,11 @@ ROW_IS_DUMMY_FROM = 0.01
 _PLENTY_OF_ROWS = 40.0  # bits
 
 
+def has_plenty_of_rows(num_layers: int, num_experts: int, top_k: int) -> bool:
+    """Whether a token can pick in so many ways that two of a text hardly ever pick the same."""
+    return num_layers * math.log2(max(math.comb(num_experts, top_k), 1)) >= _PLENTY_OF_ROWS
+
+
 @dataclass(frozen=True)
 class RowSketch:
     """The commonest rows of a stream of tokens in constant memory: the counters of Misra and Gries (1982).
@@ -195,7 +200,12 @@ class RowSketch:
         Text does not do that where there are many ways to pick; warm-up passes, padding without a mask and dummy
         batches do.  0 where the model has so few ways to pick that chance could.
         """
-        bits = model.num_layers * math.log2(math.comb(model.num_experts, model.top_k))
-        if bits < _PLENTY_OF_ROWS or num_tokens == 0:
-            return 0
-        return int(self.counts[self.counts >= max(2, ROW_IS_DUMMY_FROM * num_tokens)].sum())
+        return int(self.counts[self._is_dummy(model, num_tokens)].sum())
+
+    def dummy_rows(self, model: MoESpec, num_tokens: int) -> npt.NDArray[np.uint64]:
+        """The rows that `dummy_tokens` counts, by `TokenTrace.row_hashes`, ascending."""
+        return self.hashes[self._is_dummy(model, num_tokens)]
+
+    def _is_dummy(self, model: MoESpec, num_tokens: int) -> npt.NDArray[np.bool_]:
+        mask: npt.NDArray[np.bool_] = self.counts >= max(2, ROW_IS_DUMMY_FROM * num_tokens)
+        return mask & has_plenty_of_rows(model.num_layers, model.num_experts, model.top_k)

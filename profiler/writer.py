@@ -185,6 +185,11 @@ class ProfileWriter:
         self._count()
         return int(self._tally.state()["tokens"].sum())
 
+    def dummy_rows(self) -> npt.NDArray[np.uint64]:
+        """Rows so common among what was added that they are no text; see `RowSketch.dummy_tokens`."""
+        num_tokens = self.num_tokens  # counts what is not counted yet
+        return self._sketch.dummy_rows(self._model, num_tokens)
+
     def add(self, trace: TokenTrace) -> None:
         """Count tokens and keep their sets.
 

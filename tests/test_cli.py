@@ -200,7 +200,11 @@ def test_every_command_shows_an_example():
         "profile",
         "profile merge",
         "profile split",
+        "import megatron",
         "import numpy",
+        "import sglang",
+        "import tensorrt-llm",
+        "import vllm",
         "plan",
         "bench",
         "report",
@@ -256,6 +260,34 @@ def test_arrays_are_imported(monkeypatch, capsys, tmp_path):
     assert run(monkeypatch, "import", "numpy", tmp_path / "routing.npz", "-o", tmp_path / "out", "--json") == 0
     assert json.loads(capsys.readouterr().out)["num_tokens"] == 40
     assert run(monkeypatch, "import", "numpy", tmp_path / "nothing.npz", "-o", tmp_path / "out") == 1
+
+
+def test_recordings_of_engines_are_imported(monkeypatch, capsys, tmp_path):
+    """Counts alone say what they cannot give, before and when something asks for it."""
+    import torch
+
+    passes = np.stack([np.bincount(row.ravel(), minlength=8) for row in random_ids(0, 2, 40, 8, 2)])[None]
+    torch.save({"rank": 0, "logical_count": torch.from_numpy(passes.astype(np.int32))}, tmp_path / "r.pt")
+    out = tmp_path / "run.profile"
+    arguments = ["--top-k", 2, "--layers", "0-1", "--name", "mine", "--hidden-size", 64]
+    assert run(monkeypatch, "import", "sglang", tmp_path / "r.pt", *arguments, "-o", out, "--json") == 0
+    output = capsys.readouterr()
+    printed = json.loads(output.out)
+    assert (printed["num_tokens"], printed["num_traced_tokens"]) == (40, 0)
+    assert (printed["model"]["name"], printed["model"]["hidden_size"]) == ("mine", 64)
+    assert "counts only" in output.err
+    assert run(monkeypatch, "plan", out, "--ranks", 2, "-o", tmp_path / "plan.json") == 1
+    assert "per_token" in capsys.readouterr().err
+    assert run(monkeypatch, "import", "sglang", tmp_path / "r.pt", "--top-k", 2, "--layers", "0", "-o", out) == 1
+    assert "layer 1 is recorded" in capsys.readouterr().err
+    assert run(monkeypatch, "import", "vllm", tmp_path, "-o", out) == 1
+    assert run(monkeypatch, "import", "megatron", tmp_path, "-o", out) == 1
+    assert run(monkeypatch, "import", "tensorrt-llm", tmp_path, "-o", out) == 1
+    assert run(monkeypatch, "import", "sglang", tmp_path / "r.pt", "--top-k", 2, "-o", tmp_path) == 1
+    assert run(monkeypatch, "import", "sglang", tmp_path / "r.pt", "--model", tmp_path, "-o", out) == 1
+    errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 5
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["r.pt", "run.profile"]
 
 
 def test_foreign_maps_are_evaluated_like_ours(monkeypatch, capsys, bad):

@@ -6,6 +6,7 @@ from conftest import random_ids
 
 from profiler import CoterieError
 from profiler.importers.arrays import read_arrays
+from profiler.importers.known import Known
 
 
 @pytest.fixture
@@ -23,7 +24,7 @@ def arrays():
 
 def test_everything_comes_in(arrays, tmp_path):
     np.savez(tmp_path / "routing.npz", **arrays)
-    profile = read_arrays(tmp_path / "routing.npz", hidden_size=32, expert_size=64, decode=True)
+    profile = read_arrays(tmp_path / "routing.npz", Known(hidden_size=32, expert_size=64), decode=True)
     assert (profile.tokens.topk_ids == arrays["topk_ids"].transpose(1, 0, 2)).all()
     assert (profile.tokens.topk_weights == arrays["topk_weights"].transpose(1, 0, 2)).all()
     assert profile.domains == ("law", "code")

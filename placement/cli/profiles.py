@@ -1,4 +1,4 @@
-"""`coterie profile` and `coterie import`: model and texts, or another tool's recording, to a profile."""
+"""`coterie profile`: a model and texts to a profile; merging and splitting."""
 
 from __future__ import annotations
 
@@ -99,7 +99,7 @@ def profile(
         notes.print(f"stopped; {unfinished_folder(out)} holds what was recorded: go on with --resume")
         raise typer.Exit(130) from None
     seconds = time.perf_counter() - started
-    _show_profile(recorded, as_json, f"{recorded.num_tokens / seconds:,.0f} tokens/s")
+    show_profile(recorded, as_json, f"{recorded.num_tokens / seconds:,.0f} tokens/s")
 
 
 @profile_app.command()
@@ -119,7 +119,7 @@ def merge(
     with progress_bar("shards") as advance_to:
         done = iter(range(1, total + 1))
         merged = merge_profiles(runs, out, on_shard=lambda: advance_to(next(done), total))
-    _show_profile(merged, as_json, f"{len(runs)} profiles")
+    show_profile(merged, as_json, f"{len(runs)} profiles")
 
 
 class SplitBy(StrEnum):
@@ -164,47 +164,8 @@ def split_profile(
         tables.print(table)
 
 
-import_app = typer.Typer(no_args_is_help=True, help="Read routing that was recorded elsewhere as a profile.")
-app.add_typer(import_app, name="import")
-
-
-@import_app.command("numpy")
-def import_numpy(
-    file: Annotated[Path, typer.Argument(help=".npz with topk_ids (T, L, K) and what goes with it, or .npy.")],
-    out: Annotated[Path, typer.Option("-o", "--out", help="Profile folder to write.")],
-    name: Annotated[str | None, typer.Option(help="Of the model; the file's name if left out.")] = None,
-    model_type: Annotated[str, typer.Option(help="Its architecture in transformers.")] = "unknown",
-    num_experts: Annotated[int | None, typer.Option(help="Experts in a layer, where the file does not say.")] = None,
-    hidden_size: Annotated[int, typer.Option(help="Values in a hidden state; 0 if not known.")] = 0,
-    expert_size: Annotated[int, typer.Option(help="Intermediate width of one expert; 0 if not known.")] = 0,
-    dtype: Annotated[str, typer.Option(help="Of the model's weights.")] = "bfloat16",
-    decode: Annotated[bool, typer.Option("--decode", help="The tokens were decoded, not prefilled.")] = False,
-    as_json: Json = False,
-) -> None:
-    """Read numpy arrays: topk_ids (T, L, K), and optional weights, sequences, domains, phases and layer numbers.
-
-    Example: coterie import numpy routing.npz --hidden-size 2880 --expert-size 2880 -o run.profile
-    """
-    from profiler.folder import open_profile, require_replaceable
-    from profiler.importers.arrays import read_arrays
-
-    require_replaceable(out)
-    with notes.status(f"reading {file}"):
-        recorded = read_arrays(
-            file,
-            name=name,
-            model_type=model_type,
-            num_experts=num_experts,
-            hidden_size=hidden_size,
-            expert_size=expert_size,
-            dtype=dtype,
-            decode=decode,
-        )
-        recorded.save(out)
-    _show_profile(open_profile(out), as_json, f"read from {file}")
-
-
-def _show_profile(stored: StoredProfile, as_json: bool, how: str) -> None:
+def show_profile(stored: StoredProfile, as_json: bool, how: str) -> None:
+    """What was written, as every command that writes a profile ends."""
     if as_json:
         print_json(
             {

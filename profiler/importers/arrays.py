@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -11,8 +10,9 @@ import numpy as np
 import numpy.typing as npt
 
 from profiler.errors import CoterieError
+from profiler.importers.known import Known
 from profiler.profile import Profile
-from profiler.spec import MAX_EXPERTS, MoESpec
+from profiler.spec import MAX_EXPERTS
 from profiler.trace import DECODE, MAX_DOMAINS, PREFILL, RowSketch, TokenTrace, ids_dtype
 
 KEYS = (
@@ -28,17 +28,7 @@ KEYS = (
 """What a file may hold; only the first is needed. Others are passed over."""
 
 
-def read_arrays(
-    path: Path,
-    *,
-    name: str | None = None,
-    model_type: str = "unknown",
-    num_experts: int | None = None,
-    hidden_size: int = 0,
-    expert_size: int = 0,
-    dtype: str = "bfloat16",
-    decode: bool = False,
-) -> Profile:
+def read_arrays(path: Path, known: Known | None = None, *, decode: bool = False) -> Profile:
     """Read routing as a profile.
 
     The file holds `topk_ids`, whole numbers (T, L, K), negative where a pick went to no expert; it may hold
@@ -46,21 +36,17 @@ def read_arrays(
     decode, `num_experts`, and `layer_ids` (L,), the global numbers of the MoE layers.
 
     Args:
-        name: of the model; the file's name if None.
-        num_experts: E, where the file does not say; the highest id and 1 if None.
-        hidden_size: values in one token's hidden state, expert_size: width of one expert; 0 where not known, and then
-            nothing can be said about bytes and times.
-        dtype: of the model's weights.
+        known: the model, as far as it is known; the file's name, its highest id and 1, and layers from 0 on where
+            neither the file nor this says more.
         decode: the phase of all tokens, where the file does not say.
 
     Raises:
-        CoterieError: the file cannot be read, or an array does not fit the others; the message names file and layer.
+        CoterieError: the file cannot be read, or an array does not fit the others or the model; the message names file
+            and layer.
     """
     arrays = _load(path)
     try:
-        return _to_profile(
-            arrays, name or path.stem, model_type, num_experts, hidden_size, expert_size, dtype, decode, path.name
-        )
+        return _to_profile(arrays, known or Known(), decode, path)
     except CoterieError as error:
         raise CoterieError(f"{path}: {error}") from error
 
@@ -74,21 +60,12 @@ def _load(path: Path) -> dict[str, npt.NDArray[Any]]:
             return {key: loaded[key] for key in loaded.files if key in KEYS}
     except FileNotFoundError:
         raise CoterieError(f"{path}: no such file; give a .npz or .npy file") from None
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
-        raise CoterieError(f"{path}: not readable as .npz or .npy, or truncated ({error})") from error
+    except Exception as error:  # numpy parses headers as Python, and so fails in all ways that Python can
+        reason = str(error).partition("\n")[0][:150]
+        raise CoterieError(f"{path}: not readable as .npz or .npy, or truncated ({reason})") from error
 
 
-def _to_profile(
-    arrays: Mapping[str, npt.NDArray[Any]],
-    name: str,
-    model_type: str,
-    num_experts: int | None,
-    hidden_size: int,
-    expert_size: int,
-    dtype: str,
-    decode: bool,
-    source: str,
-) -> Profile:
+def _to_profile(arrays: Mapping[str, npt.NDArray[Any]], known: Known, decode: bool, path: Path) -> Profile:
     if "topk_ids" not in arrays:
         raise CoterieError(f"holds {', '.join(arrays) or 'no array that is known'}, but no topk_ids; add it")
     ids_TLK = arrays["topk_ids"]
@@ -98,24 +75,16 @@ def _to_profile(
         )
     num_tokens, num_layers, top_k = ids_TLK.shape
     highest = int(ids_TLK.max())
-    if "num_experts" in arrays:
-        num_experts = int(arrays["num_experts"])
+    num_experts = int(arrays["num_experts"]) if "num_experts" in arrays else known.num_experts
     num_experts = highest + 1 if num_experts is None else num_experts
     if not 1 <= num_experts <= MAX_EXPERTS:
         raise CoterieError(f"num_experts {num_experts}: must be between 1 and {MAX_EXPERTS}")
-    spec = MoESpec(
-        name=name,
-        model_type=model_type,
-        layer_ids=tuple(int(layer) for layer in arrays.get("layer_ids", np.arange(num_layers))),
-        num_experts=num_experts,
-        top_k=top_k,
-        num_groups=1,
-        hidden_size=hidden_size,
-        expert_size=expert_size,
-        dtype=dtype,
-    )
-    if spec.num_layers != num_layers:
-        raise CoterieError(f"layer_ids has {spec.num_layers} layers, topk_ids {num_layers}; they must agree")
+    layer_ids = [int(layer) for layer in arrays.get("layer_ids", known.layer_ids or range(num_layers))]
+    if len(layer_ids) != num_layers:
+        raise CoterieError(f"layer_ids has {len(layer_ids)} layers, topk_ids {num_layers}; they must agree")
+    spec = known.to_spec(path.stem, layer_ids, top_k, num_experts)
+    if list(spec.layer_ids) != layer_ids:
+        raise CoterieError(f"layer_ids {layer_ids}: must be distinct layer numbers, ascending")
     narrow = ids_dtype(num_experts)
     no_expert = np.iinfo(narrow).max
     ids_LTK = np.empty((num_layers, num_tokens, top_k), dtype=narrow)
@@ -145,7 +114,7 @@ def _to_profile(
     )
     trace.require(spec, len(domains))
     dummy = RowSketch.empty().add(trace.row_hashes()).dummy_tokens(spec, num_tokens)
-    provenance = {"imported_from": source, "format": "numpy", **({"dummy_tokens": dummy} if dummy else {})}
+    provenance = {"imported_from": path.name, "format": "numpy", **({"dummy_tokens": dummy} if dummy else {})}
     return Profile.from_tokens(spec, domains, trace, provenance)
 
 
