@@ -99,8 +99,8 @@ def evaluate(placement: PlacementMap, tokens: TokenTrace, choice: Choice = "toke
     layers: list[Mapping[str, Any]] = []
     for ids_TK, slots_P in zip(tokens.topk_ids, placement.physical_to_logical_map, strict=True):
         ranks_EX = ranks_of_experts(slots_P, num_experts, topology.slots_per_rank)
-        if ranks_EX.shape[1] > 1:  # ties among copies go by load so far: a batch mixes sequences, a file does not
-            ids_TK = np.random.default_rng(0).permutation(ids_TK)
+        if ranks_EX.shape[1] > 1:
+            ids_TK = ids_TK[mixed_order(len(ids_TK))]
         if choice == "source" and ranks_EX.shape[1] > 1:
             per_source = nearest_ranks(ranks_EX, topology)[:, :, None]
         else:
@@ -122,6 +122,15 @@ def evaluate(placement: PlacementMap, tokens: TokenTrace, choice: Choice = "toke
             }
         )
     return Metrics(**{name: np.array([layer[name] for layer in layers]) for name in layers[0]})
+
+
+def mixed_order(num_tokens: int) -> npt.NDArray[np.int64]:
+    """The order in which tokens choose among copies, int64 (T,).
+
+    Ties go by the load so far.  A batch mixes sequences, while a file holds one domain after another, so that in its
+    order the last ones could not make good what the first ones piled up.
+    """
+    return np.random.default_rng(0).permutation(num_tokens)
 
 
 @numba.njit(cache=True, nogil=True)

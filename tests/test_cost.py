@@ -10,7 +10,7 @@ from conftest import make_spec, make_trace, traces
 from hypothesis import given
 from hypothesis import strategies as st
 
-from placement.cost import evaluate
+from placement.cost import evaluate, mixed_order
 from placement.placement_map import PlacementMap
 from placement.topology import Topology
 
@@ -50,7 +50,7 @@ def slow_evaluate(placement, trace):
             if expert >= 0:
                 copies.setdefault(expert, []).append(slot // slots_per_rank)
         load, served = [0] * num_ranks, []
-        for ids in ids_TK:
+        for ids in np.array(ids_TK)[mixed_order(len(ids_TK))].tolist():
             served.append(slow_choice([expert for expert in ids if expert != 255], copies, topology, load))
             for rank in served[-1]:
                 load[rank] += 1
