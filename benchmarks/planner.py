@@ -231,20 +231,20 @@ def scale() -> None:
         (4, 256, 32, 0, 100_000),
         (4, 256, 64, 0, 50_000),
     ):
-        profile = _structured(layers, experts, tokens)
+        profile = _structured(layers, experts, 2 * tokens)
         planned, unseen = profile.split_by_sequence()
         del profile
         topology = Topology.for_experts(experts, ranks, 1, redundant)
         for strategy in ("load", "metis", "search"):
             started = time.perf_counter()
-            placement = plan(planned, topology, strategy, Options(num_redundant=redundant, num_kicks=20))
+            placement = plan(planned, topology, strategy, Options(num_redundant=redundant))
             seconds = time.perf_counter() - started
             peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
             figures = measure(placement, unseen.require_tokens(), Options().workload)
             metrics = ("fan_out", "busiest_ingress", "imbalance_ratio")
             rows.append(
                 [
-                    f"{layers} x {experts} experts, {ranks} x {topology.slots_per_rank} slots, {tokens // 2:,} tokens",
+                    f"{layers} x {experts} experts, {ranks} x {topology.slots_per_rank} slots, {tokens:,} tokens",
                     strategy,
                     round(seconds, 1),
                     round(peak, 2),

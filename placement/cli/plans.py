@@ -79,7 +79,9 @@ def plan(
     preserve_groups: Annotated[
         bool, typer.Option("--preserve-groups", help="Keep the groups of group-limited routers together.")
     ] = False,
-    kicks: Annotated[int, typer.Option(help="Rounds of the search; more take longer and find more.")] = 60,
+    kicks: Annotated[
+        int | None, typer.Option(help="Rounds of the search: more find more; 60, or fewer for large layers.")
+    ] = None,
     time_budget: Annotated[float | None, typer.Option(help="Seconds after which the search takes what it has.")] = None,
     seed: Annotated[int, typer.Option(help="The same seed gives the same plan.")] = 0,
     as_json: Json = False,

@@ -63,7 +63,7 @@ class Options:
         load_cap: the largest load of a rank that is wanted, over the mean; None for 1.1 or as near as can be.
         num_redundant: copies beyond one of each expert.
         seed: the same seed gives the same plan.
-        num_kicks: rounds of the search; more take longer and find more.
+        num_kicks: rounds of the search; more take longer and find more.  None for 60, or fewer for large layers.
         time_budget: seconds after which the search takes what it has; the same seed may then give another plan.
         domain_weights: what a token of each domain counts; others count 0.  None for all alike.
         worst_domain: plan for the domain that the plan is worst for, instead of for the mixture.
@@ -75,7 +75,7 @@ class Options:
     load_cap: float | None = None
     num_redundant: int = 0
     seed: int = 0
-    num_kicks: int = 60
+    num_kicks: int | None = None
     time_budget: float | None = None
     domain_weights: Mapping[str, float] | None = None
     worst_domain: bool = False
@@ -88,7 +88,11 @@ class Options:
             raise CoterieError(
                 f"load cap {self.load_cap}: must be a number of at least 1, no rank can stay below the mean"
             )
-        for name, value in (("seed", self.seed), ("redundant experts", self.num_redundant), ("kicks", self.num_kicks)):
+        for name, value in (
+            ("seed", self.seed),
+            ("redundant experts", self.num_redundant),
+            ("kicks", self.num_kicks or 0),
+        ):
             if value < 0:
                 raise CoterieError(f"{name} {value}: must be at least 0")
         if self.time_budget is not None and not self.time_budget > 0:
