@@ -1,4 +1,4 @@
-"""Placement maps of other tools, read as ours: SGLang's JSON and EPLB's tensors."""
+"""Placement maps of other tools, read as ours: all that `exporters` writes, and what the engines' own tools write."""
 
 from __future__ import annotations
 
@@ -8,21 +8,27 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from placement.exporters.checkpoint import read_permuted_map
 from placement.placement_map import PlacementMap
 from placement.topology import Topology
 from profiler.errors import CoterieError
 from profiler.files import read_json
 from profiler.spec import MoESpec
 
+MAX_YAML = 64 * 2**20
+"""Bytes of the largest load balancer configuration that is parsed; 256 experts in 64 layers take 100 KB."""
+
 
 def read_any_map(
     path: Path, model: MoESpec, num_ranks: int | None = None, num_nodes: int | None = None
 ) -> PlacementMap:
-    """Read a placement map, SGLang's initial expert location, or EPLB's physical-to-logical tensor.
+    """Read a placement map, an engine's file or a permuted checkpoint.
 
-    SGLang's JSON is `{"physical_to_logical_map": int[L][P]}` with a row for every hidden layer, dense ones included
-    (their rows are passed over), as its release 0.5 reads it.  EPLB's `phy2log` is int (L, P), MoE layers only, in
-    .npy, .safetensors (under any one name) or .pt.
+    SGLang's .json or .pt is `{"physical_to_logical_map": int[L][P]}` with a row for every hidden layer, dense ones
+    included (their rows are passed over).  TensorRT-LLM's .yaml has rows by global layer number; those of layers that
+    the model has not, for multi-token prediction, are passed over.  vllm-ascend's .json has one by MoE ordinal and
+    device.  EPLB's `phy2log` is int (L, P), MoE layers only, in .npy, .safetensors (by this name, or under any one
+    name) or .pt.  A permuted checkpoint is a folder that `coterie export` wrote.
 
     Args:
         model: that the map is for, where the file does not say.
@@ -32,24 +38,34 @@ def read_any_map(
     Raises:
         CoterieError: the file cannot be read, is no map of this model, or needs `num_ranks`.
     """
+    if path.is_dir():
+        return _of_these_ranks(read_permuted_map(path), path, num_ranks)
     if path.suffix == ".json":
         value = read_json(path, "a placement map", "make one with `coterie plan`")
         if "schema_version" in value:
-            placement = PlacementMap.load_from(path)
-            if num_ranks not in (None, placement.topology.num_ranks):
-                raise CoterieError(f"--ranks {num_ranks}: {path} is for {placement.topology.num_ranks}; leave it out")
-            return placement
-        rows, name = _sglang_rows(value, path, model), "SGLang map"
+            return _of_these_ranks(PlacementMap.load_from(path), path, num_ranks)
+        if "layer_list" in value:
+            rows, name = _ascend_rows(value, path, num_ranks), "vllm-ascend map"
+            num_ranks = len(value["layer_list"][0]["device_list"])
+        else:
+            rows, name = _sglang_rows(value, path, model), "SGLang map"
+    elif path.suffix in (".yaml", ".yml"):
+        rows, name = _tensorrt_llm_rows(path, model), "TensorRT-LLM map"
     else:
-        rows, name = _read_tensor(path), "EPLB map"
+        loaded = _read_tensor(path)
+        of_sglang = isinstance(loaded, dict)
+        rows = _sglang_rows(loaded, path, model) if isinstance(loaded, dict) else loaded
+        name = "SGLang map" if of_sglang else "EPLB map"
     if rows.ndim != 2 or len(rows) != model.num_layers:
         raise CoterieError(
             f"{path}: a map of shape {rows.shape}, must have a row for each of {model.num_layers} MoE layers"
         )
+    if not np.issubdtype(rows.dtype, np.integer):
+        raise CoterieError(f"{path}: a map of {rows.dtype}, must be whole numbers")
     if num_ranks is None:
         raise CoterieError(f"{path}: does not say how many ranks it is for; give --ranks")
     num_nodes = num_nodes or 1
-    if num_ranks < 1 or num_nodes < 1 or rows.shape[1] % num_ranks or num_ranks % num_nodes:
+    if num_ranks < 1 or num_nodes < 1 or not rows.shape[1] or rows.shape[1] % num_ranks or num_ranks % num_nodes:
         raise CoterieError(
             f"{path}: {rows.shape[1]} slots cannot be shared by {num_ranks} ranks on {num_nodes} nodes; give others"
         )
@@ -60,26 +76,93 @@ def read_any_map(
         raise CoterieError(f"{path}: {error}") from error
 
 
+def _of_these_ranks(placement: PlacementMap, path: Path, num_ranks: int | None) -> PlacementMap:
+    if num_ranks not in (None, placement.topology.num_ranks):
+        raise CoterieError(f"--ranks {num_ranks}: {path} is for {placement.topology.num_ranks}; leave it out")
+    return placement
+
+
+def _rows(value: Any, path: Path, what: str) -> npt.NDArray[Any]:
+    """Equally long lists of whole numbers, int (L, P)."""
+    try:
+        rows = np.array(value)
+    except (ValueError, OverflowError):
+        rows = np.empty(0)
+    if rows.ndim != 2 or not np.issubdtype(rows.dtype, np.integer):
+        raise CoterieError(f"{path}: {what} must be equally long rows of whole numbers")
+    return rows
+
+
 def _sglang_rows(value: dict[str, Any], path: Path, model: MoESpec) -> npt.NDArray[Any]:
     if set(value) != {"physical_to_logical_map"}:
         raise CoterieError(
             f"{path}: neither a placement map of coterie nor of SGLang, which has physical_to_logical_map"
         )
-    try:
-        rows = np.array(value["physical_to_logical_map"])
-    except ValueError:
-        rows = np.empty(0)
-    if rows.ndim != 2 or not np.issubdtype(rows.dtype, np.integer):
-        raise CoterieError(f"{path}: physical_to_logical_map must be equally long rows of whole numbers")
+    rows = _rows(value["physical_to_logical_map"], path, "physical_to_logical_map")
     if len(rows) <= model.layer_ids[-1]:
         raise CoterieError(
             f"{path}: {len(rows)} rows, the model's last MoE layer is {model.layer_ids[-1]}; SGLang has a row for "
             "every hidden layer"
         )
+    if model.num_hidden_layers and len(rows) != model.num_hidden_layers:
+        raise CoterieError(f"{path}: {len(rows)} rows, the model has {model.num_hidden_layers} hidden layers")
     return rows[list(model.layer_ids)]
 
 
-def _read_tensor(path: Path) -> npt.NDArray[Any]:
+def _tensorrt_llm_rows(path: Path, model: MoESpec) -> npt.NDArray[Any]:
+    import yaml
+
+    try:
+        if path.stat().st_size > MAX_YAML:
+            raise CoterieError(f"{path}: {path.stat().st_size:,} bytes, at most {MAX_YAML:,} are read as YAML")
+        value = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise CoterieError(f"{path}: no such file") from None
+    except (yaml.YAMLError, UnicodeDecodeError, RecursionError, ValueError) as error:
+        raise CoterieError(f"{path}: truncated, or not YAML ({type(error).__name__})") from error
+    keys = {"num_slots", "initial_global_assignments", "layer_updates_per_iter"}
+    if not isinstance(value, dict) or not keys - {"layer_updates_per_iter"} <= set(value) <= keys:
+        raise CoterieError(
+            f"{path}: not a load balancer configuration of TensorRT-LLM, which has {', '.join(sorted(keys))}"
+        )
+    assignments = value["initial_global_assignments"]
+    missing = [layer for layer in model.layer_ids if not isinstance(assignments, dict) or layer not in assignments]
+    if missing:
+        raise CoterieError(f"{path}: initial_global_assignments has no layer {missing[0]}, a MoE layer of the model")
+    rows = _rows([assignments[layer] for layer in model.layer_ids], path, "initial_global_assignments")
+    if rows.shape[1] != value["num_slots"]:
+        raise CoterieError(f"{path}: rows of {rows.shape[1]} experts, num_slots is {value['num_slots']}")
+    return rows
+
+
+def _ascend_rows(value: dict[str, Any], path: Path, num_ranks: int | None) -> npt.NDArray[Any]:
+    try:
+        layers = value["layer_list"]
+        if value["moe_layer_count"] != len(layers) or [layer["layer_id"] for layer in layers] != list(
+            range(len(layers))
+        ):
+            raise CoterieError(f"{path}: {len(layers)} layers, must be moe_layer_count, numbered from 0")
+        rows = []
+        for layer in layers:
+            devices = layer["device_list"]
+            if layer["device_count"] != len(devices) or len(devices) != len(layers[0]["device_list"]) or not devices:
+                raise CoterieError(
+                    f"{path}: layer {layer['layer_id']} has {len(devices)} devices; all must have as many"
+                )
+            if [device["device_id"] for device in devices] != list(range(len(devices))):
+                raise CoterieError(f"{path}: layer {layer['layer_id']}: devices must be numbered from 0")
+            if len({len(device["device_expert"]) for device in devices}) != 1:
+                raise CoterieError(f"{path}: layer {layer['layer_id']}: devices must hold equally many experts")
+            rows.append([expert for device in devices for expert in device["device_expert"]])
+        if num_ranks not in (None, len(layers[0]["device_list"])):
+            raise CoterieError(f"--ranks {num_ranks}: {path} is for {len(layers[0]['device_list'])}; leave it out")
+    except (KeyError, TypeError, IndexError, AttributeError) as error:
+        raise CoterieError(f"{path}: not an expert map of vllm-ascend ({type(error).__name__}: {error})") from error
+    return _rows(rows, path, "device_expert")
+
+
+def _read_tensor(path: Path) -> npt.NDArray[Any] | dict[str, Any]:
+    """EPLB's tensor, or SGLang's dictionary with arrays in it."""
     try:
         if path.suffix == ".npy":
             return np.asarray(np.load(path, allow_pickle=False))
@@ -87,15 +170,17 @@ def _read_tensor(path: Path) -> npt.NDArray[Any]:
             from safetensors.numpy import load_file
 
             arrays = load_file(path)
-            if len(arrays) != 1:
-                raise CoterieError(f"{path}: {len(arrays)} tensors, must be one; give phy2log alone")
-            return next(iter(arrays.values()))
+            if "phy2log" not in arrays and len(arrays) != 1:
+                raise CoterieError(f"{path}: {len(arrays)} tensors and no phy2log; give that one")
+            return arrays["phy2log"] if "phy2log" in arrays else next(iter(arrays.values()))
         if path.suffix == ".pt":
             import torch
 
             loaded = torch.load(path, map_location="cpu", weights_only=True)
+            if isinstance(loaded, dict) and isinstance(loaded.get("physical_to_logical_map"), torch.Tensor):
+                return {**loaded, "physical_to_logical_map": loaded["physical_to_logical_map"].numpy()}
             if isinstance(loaded, dict):
-                loaded = loaded.get("physical_to_logical_map", loaded.get("phy2log"))
+                loaded = loaded.get("phy2log")
             if not isinstance(loaded, torch.Tensor):
                 raise CoterieError(f"{path}: holds no tensor physical_to_logical_map or phy2log; save it so")
             return loaded.numpy()
@@ -105,4 +190,4 @@ def _read_tensor(path: Path) -> npt.NDArray[Any]:
         raise
     except Exception as error:  # what loading a broken file raises is any library's choice
         raise CoterieError(f"{path}: cannot be read as a tensor ({str(error).splitlines()[0]})") from error
-    raise CoterieError(f"{path}: not known as a map; give .json, .npy, .safetensors or .pt")
+    raise CoterieError(f"{path}: not known as a map; give .json, .yaml, .npy, .safetensors, .pt or a folder")

@@ -13,7 +13,7 @@ import numpy.typing as npt
 
 from placement.topology import Topology
 from profiler.errors import CoterieError
-from profiler.files import read_json, write_json
+from profiler.files import read_json, to_json_bytes, write_bytes
 from profiler.spec import MoESpec
 
 SCHEMA_VERSION = 1
@@ -129,6 +129,10 @@ class PlacementMap:
         Raises:
             CoterieError: the file cannot be written.
         """
+        write_bytes(path, self.to_bytes())
+
+    def to_bytes(self) -> bytes:
+        """The content of the JSON file."""
         value = {
             "schema_version": SCHEMA_VERSION,
             "model": self.model.to_json(),
@@ -140,7 +144,7 @@ class PlacementMap:
             "metrics": self.metrics,
             "certificate": self.certificate,
         }
-        write_json(path, value)
+        return to_json_bytes(value)
 
     @classmethod
     def load_from(cls, path: Path) -> Self:

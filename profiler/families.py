@@ -199,7 +199,8 @@ def _family_of(module: nn.Module) -> Family | None:
     return Family(read_arguments) if takes_selection else None
 
 
-def _find(model: nn.Module) -> list[tuple[MoELayer, Family]]:
+def _find(model: nn.Module) -> tuple[list[tuple[MoELayer, Family]], int]:
+    # The MoE layers, and how many layers their stacks have in all, dense ones included.
     found: list[tuple[MoELayer, Family]] = []
     first_of_stack: dict[str, int] = {}  # the id of layer 0 of each stack of layers
     num_stacked = 0
@@ -233,7 +234,7 @@ def _find(model: nn.Module) -> list[tuple[MoELayer, Family]]:
                 f"{one.name} and {other.name} are two sets of experts in one layer: "
                 "give the part of the model that has one a layer"
             )
-    return found
+    return found, num_stacked
 
 
 def find_moe_layers(model: nn.Module) -> list[MoELayer]:
@@ -247,7 +248,7 @@ def find_moe_layers(model: nn.Module) -> list[MoELayer]:
         CoterieError: there is none, the message names the module classes that were seen; or one layer has two sets
             of experts.
     """
-    return [layer for layer, _ in _find(model)]
+    return [layer for layer, _ in _find(model)[0]]
 
 
 def _routing(model: nn.Module, name: str, family: Family, config: Any) -> tuple[int | None, int]:
@@ -270,7 +271,7 @@ def read_spec(model: nn.Module, name: str) -> MoESpec:
         CoterieError: the model has no MoE layers, they differ in their sizes, or nothing says how many experts a token
             picks.
     """
-    found = _find(model)
+    found, num_hidden_layers = _find(model)
     whole_config: Any = getattr(model, "config", None)
     config: Any = whole_config.get_text_config() if hasattr(whole_config, "get_text_config") else whole_config
     layer_of_sizes: dict[tuple[int, int, int, int, int], str] = {}
@@ -299,4 +300,5 @@ def read_spec(model: nn.Module, name: str) -> MoESpec:
         hidden_size=hidden_size,
         expert_size=expert_size,
         dtype=str(next(found[0][0].experts.parameters()).dtype).removeprefix("torch."),
+        num_hidden_layers=num_hidden_layers,
     )

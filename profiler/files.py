@@ -41,7 +41,12 @@ def write_json(path: Path, value: object) -> None:
     Raises:
         CoterieError: the file cannot be written.
     """
-    write_text(path, json.dumps(value, indent=1, allow_nan=False) + "\n")
+    write_bytes(path, to_json_bytes(value))
+
+
+def to_json_bytes(value: object) -> bytes:
+    """The content of an artifact in JSON."""
+    return (json.dumps(value, indent=1, allow_nan=False) + "\n").encode("utf-8")
 
 
 def write_text(path: Path, text: str) -> None:

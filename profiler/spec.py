@@ -26,6 +26,7 @@ class MoESpec:
         hidden_size: values that an expert takes in; 0 where not known.
         expert_size: intermediate width of one expert; 0 where not known.
         dtype: of the weights as recorded, such as `bfloat16`.
+        num_hidden_layers: decoder layers, dense ones included, which some engines want a row for; 0 where not known.
     """
 
     name: str
@@ -37,6 +38,7 @@ class MoESpec:
     hidden_size: int
     expert_size: int
     dtype: str
+    num_hidden_layers: int = 0
 
     def __post_init__(self) -> None:
         if not self.layer_ids or list(self.layer_ids) != sorted(set(self.layer_ids)) or self.layer_ids[0] < 0:
@@ -47,6 +49,11 @@ class MoESpec:
             raise CoterieError(f"top_k {self.top_k}: must be between 1 and num_experts ({self.num_experts})")
         if not 1 <= self.num_groups <= self.num_experts:
             raise CoterieError(f"num_groups {self.num_groups}: must be between 1 and num_experts ({self.num_experts})")
+        if self.num_hidden_layers and self.num_hidden_layers <= self.layer_ids[-1]:
+            raise CoterieError(
+                f"num_hidden_layers {self.num_hidden_layers}: must be above the last MoE layer ({self.layer_ids[-1]}), "
+                "or 0 where not known"
+            )
 
     @property
     def num_layers(self) -> int:
@@ -68,8 +75,11 @@ class MoESpec:
         return f"{self.name} ({self.model_type}: {sizes})"
 
     def to_json(self) -> dict[str, Any]:
-        """The form in which `profile.json` and placement maps hold it."""
-        return asdict(self)
+        """The form in which `profile.json` and placement maps hold it; without `num_hidden_layers` where not known."""
+        value = asdict(self)
+        if not self.num_hidden_layers:
+            del value["num_hidden_layers"]  # so that files from before it was recorded keep their digest
+        return value
 
     @classmethod
     def from_json(cls, value: object) -> MoESpec:
@@ -81,6 +91,8 @@ class MoESpec:
         if not isinstance(value, Mapping):
             raise CoterieError("model: must be an object that describes the MoE layers")
         kinds = {field.name: field.type for field in fields(cls)}
+        if "num_hidden_layers" not in value:
+            value = {**value, "num_hidden_layers": 0}
         if set(value) != set(kinds):
             odd = sorted(set(value) ^ set(kinds))
             raise CoterieError(f"model: missing or unknown fields {', '.join(map(str, odd))}")

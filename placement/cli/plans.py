@@ -190,7 +190,13 @@ def evaluate(
     nodes: Annotated[int | None, typer.Option(help="Hosts, for maps that do not say.")] = None,
     links: LinksName = None,
     tokens_per_rank: TokensPerRank = 4096,
-    dispatch: DispatchMode = Dispatch.PER_RANK,
+    dispatch: Annotated[
+        Dispatch | None,
+        typer.Option(help="A token is sent once to each rank that serves it (if left out), or per expert."),
+    ] = None,
+    engine: Annotated[
+        str | None, typer.Option(help="Take the dispatch mode of an engine, such as vllm-deepep-low-latency.")
+    ] = None,
     choice: Annotated[
         CopyChoice, typer.Option(help="Each token chooses among copies, or each source rank once and for all.")
     ] = CopyChoice.TOKEN,
@@ -203,6 +209,7 @@ def evaluate(
     """
     from dataclasses import replace
 
+    from placement.backends import find_backend
     from placement.compare import measure
     from placement.cost import evaluate as evaluate_map
     from placement.foreign import read_any_map
@@ -211,13 +218,21 @@ def evaluate(
     from placement.topology import Links, Topology
     from profiler.profile import Profile
 
+    backend = find_backend(engine) if engine else None
+    if backend and dispatch:
+        raise CoterieError(f"--dispatch {dispatch.value}: --engine {engine} says it; leave one of them out")
+    if backend and backend.sends == "to-all" and links:
+        raise CoterieError(f"--engine {engine}: {backend.decides}; times are not modelled there, leave --links out")
+    per_expert = dispatch is Dispatch.PER_EXPERT or (backend is not None and backend.sends == "per-expert")
     recorded = Profile.load_from(run)
     placement = read_any_map(map_file, recorded.model, ranks, nodes)
     placement.require_model(recorded.model)
     model = replace(recorded.model, num_groups=placement.model.num_groups)
     topology = replace(placement.topology, links=Links.preset(links)) if links else placement.topology
+    if backend and backend.sends == "to-all":
+        topology = replace(topology, links=None)  # a plan may have them; the time would be that of another exchange
     placement = replace(placement, model=model, topology=topology)
-    workload = Workload(tokens_per_rank, dispatch.value)
+    workload = Workload(tokens_per_rank, "per-expert" if per_expert else "per-rank")
     linear = PlacementMap.linear(
         model, Topology.for_experts(model.num_experts, topology.num_ranks, topology.num_nodes, links=topology.links)
     )
@@ -227,12 +242,19 @@ def evaluate(
         str(placement.solver["name"]): measure(placement, tokens, workload, choice.value),
     }
     by_layer = evaluate_map(placement, tokens, choice.value) if layers else None
+    rows = _rows_per_token(backend.sends, figures, model.top_k, topology.num_ranks) if backend else {}
     if as_json:
         value: dict[str, Any] = {"tokens": tokens.num_tokens, "metrics": figures}
+        if backend:
+            value |= {"engine": engine, "sends": backend.sends, "rows_per_token": rows}
         if by_layer:
             value["layers"] = {name: getattr(by_layer, name).tolist() for name in METRICS if name != "predicted_time"}
         print_json(value)
         return
+    if backend:
+        sent = ", ".join(f"{name} {mean:.2f}" for name, mean in rows.items())
+        notes.print(f"{engine} ({backend.option}) {backend.decides}", markup=False, highlight=False)
+        notes.print(f"rows sent for a token: {sent}", markup=False, highlight=False)
     tables.print(metrics_table(f"{model.name} on {topology.num_ranks} ranks, {tokens.num_tokens:,} tokens", figures))
     if by_layer:
         names = [name for name in METRICS if hasattr(by_layer, name)]
@@ -240,3 +262,9 @@ def evaluate(
         for index, layer_id in enumerate(model.layer_ids):
             table.add_row(str(layer_id), *(f"{getattr(by_layer, name)[index]:.3f}" for name in names))
         tables.print(table)
+
+
+def _rows_per_token(sends: str, figures: dict[str, Any], top_k: int, num_ranks: int) -> dict[str, float]:
+    """Copies of a token that an engine's exchange hands over, mean over layers, by map; a rank's own count too."""
+    constant = {"per-expert": float(top_k), "to-all": float(num_ranks)}
+    return {name: constant.get(sends, measured["fan_out"]["mean"]) for name, measured in figures.items()}

@@ -1,0 +1,192 @@
+"""`coterie export`: a placement map to what an engine loads, or to a permuted checkpoint, and the proof of that one."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.table import Table
+from typer.core import TyperGroup
+
+from placement.cli.app import Data, Json, app, notes, print_json, progress_bar, tables
+from profiler.errors import CoterieError
+
+if TYPE_CHECKING:
+    from placement.exporters.contract import Engine, HiddenLayers
+    from placement.placement_map import PlacementMap
+
+
+class Target(StrEnum):
+    """What to write."""
+
+    SGLANG = "sglang"
+    TENSORRT_LLM = "tensorrt-llm"
+    VLLM = "vllm"
+    VLLM_ASCEND = "vllm-ascend"
+    EPLB = "eplb"
+    CHECKPOINT = "checkpoint"
+
+
+class _ExportGroup(TyperGroup):
+    """`coterie export PLAN` exports; `verify` is a command of its own."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        return super().parse_args(ctx, args if args and args[0] in self.commands else ["plan", *args])
+
+
+export_app = typer.Typer(cls=_ExportGroup, help="Write a plan as engines load it; verify a permuted checkpoint.")
+app.add_typer(export_app, name="export")
+
+
+@export_app.command("plan", epilog="See also: coterie export verify --help")
+def export(
+    plan: Annotated[Path, typer.Argument(help="Placement map.")],
+    to: Annotated[Target, typer.Option(help="What is to load it.")],
+    out: Annotated[Path, typer.Option("-o", "--out", help="File to write; a new folder for a checkpoint.")],
+    model: Annotated[
+        Path | None, typer.Option(help="Folder of the model; for a checkpoint, or for the number of its layers.")
+    ] = None,
+    num_hidden_layers: Annotated[
+        int | None, typer.Option(help="All decoder layers, where neither the plan nor --model says.")
+    ] = None,
+    num_mtp_layers: Annotated[
+        int | None, typer.Option(help="Layers for multi-token prediction that will be served, if --model does not say.")
+    ] = None,
+    invert: Annotated[
+        bool, typer.Option("--invert", help="Restore the original of a checkpoint permuted by this plan.")
+    ] = False,
+    as_json: Json = False,
+) -> None:
+    """Write what an engine loads to serve with the plan, and say how to start it.
+
+    Example: coterie export plan.json --to sglang -o experts.json
+    """
+    from placement.placement_map import PlacementMap
+
+    placement = PlacementMap.load_from(plan)
+    if to is Target.CHECKPOINT:
+        if model is None:
+            raise CoterieError("--to checkpoint rewrites a model: give --model with the folder of the original")
+        _write_checkpoint(placement, model, out, invert)
+        start = f"any engine that places experts in file order: give it {out} in place of {model}"
+        written: dict[str, Any] = {"engine": to.value, "out": str(out), "start": start, "remarks": []}
+        if not invert:
+            written["remarks"].append(f"prove it with: coterie export verify {model} {out}")
+    else:
+        from placement.exporters.contract import write_export
+
+        if invert:
+            raise CoterieError(f"--invert is for checkpoints; leave it out for {to.value}")
+        if out.exists() and out.samefile(plan):
+            raise CoterieError(f"{out}: is the plan itself; give another name to -o")
+        engine = _engine(to)
+        layers = _hidden_layers(placement, model, num_hidden_layers, num_mtp_layers)
+        exported = write_export(engine, placement, out, layers)
+        written = {"engine": engine.name, "out": str(out), "checked_against": engine.checked_against}
+        written |= {"start": exported.start, "remarks": list(exported.remarks)}
+    if as_json:
+        print_json(written)
+    else:
+        print(written["start"])  # not through rich, which would wrap a line that is to be copied
+        for remark in written["remarks"]:
+            notes.print(remark, markup=False, highlight=False)
+    notes.print(f"wrote {out} for {written['engine']}", markup=False, highlight=False)
+
+
+def _engine(to: Target) -> Engine:
+    from placement.exporters import eplb, sglang, tensorrt_llm, vllm, vllm_ascend
+
+    return {
+        Target.SGLANG: sglang.ENGINE,
+        Target.TENSORRT_LLM: tensorrt_llm.ENGINE,
+        Target.VLLM: vllm.ENGINE,
+        Target.VLLM_ASCEND: vllm_ascend.ENGINE,
+        Target.EPLB: eplb.ENGINE,
+    }[to]
+
+
+def _hidden_layers(
+    placement: PlacementMap, model: Path | None, num_hidden_layers: int | None, num_mtp_layers: int | None
+) -> HiddenLayers:
+    """From the options, else the model's config, else the plan."""
+    from placement.exporters.checkpoint import read_text_config
+    from placement.exporters.contract import HiddenLayers
+
+    config = read_text_config(model) if model else {}
+    known = config.get("num_hidden_layers") or placement.model.num_hidden_layers
+    total = known if num_hidden_layers is None else num_hidden_layers
+    drafts = config.get("num_nextn_predict_layers") or config.get("mtp_num_hidden_layers") or 0
+    return HiddenLayers(int(total), int(drafts) if num_mtp_layers is None else num_mtp_layers)
+
+
+def _write_checkpoint(placement: PlacementMap, model: Path, out: Path, invert: bool) -> None:
+    from placement.exporters.checkpoint import permute_checkpoint
+
+    with progress_bar("bytes") as advance_to:
+        permute_checkpoint(model, out, placement, invert=invert, on_bytes=advance_to)
+
+
+@export_app.command()
+def verify(
+    original: Annotated[Path, typer.Argument(help="Folder of the original checkpoint.")],
+    permuted: Annotated[Path, typer.Argument(help="Folder that `coterie export --to checkpoint` wrote.")],
+    data: Data = None,
+    num_tokens: Annotated[int, typer.Option(help="Tokens to compare on; random ones if there is no --data.")] = 256,
+    tolerance: Annotated[
+        float, typer.Option(help="Largest difference of logits that counts as equal, over the largest logit.")
+    ] = 1e-4,
+    device: Annotated[str | None, typer.Option(help="Such as cpu or cuda:0; chosen if left out.")] = None,
+    dtype: Annotated[str, typer.Option(help="float32 shows errors that coarser types hide in rounding.")] = "float32",
+    seed: Annotated[int, typer.Option(help="Of random tokens.")] = 0,
+    as_json: Json = False,
+) -> None:
+    """Prove that a permuted checkpoint computes what the original does: same logits, same experts by the plan.
+
+    Example: coterie export verify ./OLMoE-1B-7B ./OLMoE-planned --data texts/
+    """
+    import torch
+
+    from placement.exporters.checkpoint import read_permuted_map
+    from placement.exporters.verify import compare, random_tokens
+    from profiler.calibration import read_documents
+    from profiler.loading import load_model
+
+    if num_tokens < 1 or not tolerance >= 0:
+        raise CoterieError(f"{num_tokens} tokens and tolerance {tolerance}: must be at least 1 and 0")
+    placement = read_permuted_map(permuted)
+
+    def load(folder: Path) -> Any:
+        with notes.status(f"loading {folder}"):
+            return load_model(str(folder), device, dtype=dtype)
+
+    first = load(original)
+    if data:
+        batches = first.batches(read_documents(data), num_tokens, 1, num_tokens)
+        input_ids = torch.as_tensor(next(iter(batches)).input_ids)
+    else:
+        input_ids = random_tokens(first.model.config.get_text_config().vocab_size, num_tokens, seed)
+    models = iter([first.model])
+    del first  # so that the second model finds its place free
+    comparison = compare(lambda: next(models), lambda: load(permuted).model, placement, input_ids)
+    agrees = comparison.agrees(tolerance)
+    if as_json:
+        value = {"agrees": agrees, "tokens": comparison.num_tokens, "max_difference": comparison.max_difference}
+        value |= {"largest_logit": comparison.largest_logit, "same_selection": comparison.same_selection}
+        print_json(value)
+    else:
+        table = Table("tokens", "largest difference", "largest logit", "tokens with the same experts")
+        figures = (
+            f"{comparison.max_difference:.1e}",
+            f"{comparison.largest_logit:.3g}",
+            f"{comparison.same_selection:.1%}",
+        )
+        table.add_row(f"{comparison.num_tokens:,}", *figures)
+        tables.print(table)
+    if not agrees:
+        bound = tolerance * comparison.largest_logit
+        raise CoterieError(
+            f"{permuted}: logits differ by {comparison.max_difference:.1e}, at most {bound:.1e} is equal; do not serve it"
+        )
+    notes.print(f"{permuted} computes what {original} does", markup=False, highlight=False)

@@ -1,0 +1,186 @@
+"""Permuted checkpoints: a model's experts in another order, so that linear placement in any engine becomes the plan.
+
+The source is only read. The copy is built beside its place under another name and renamed when it is complete.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import re
+import shutil
+from collections.abc import Callable, Mapping
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from placement.exporters.permutation import find_edits, renumberings, used_groups
+from placement.exporters.shards import read_header, rewrite
+from placement.placement_map import PlacementMap
+from profiler.errors import CoterieError
+from profiler.files import read_json, require_writable_parent, sync, write_json
+
+MAP_FILE = "coterie-placement.json"
+"""In a permuted checkpoint: the plan that it was permuted by."""
+INDEX = "model.safetensors.index.json"
+OTHER_WEIGHTS = {".safetensors", ".bin", ".pt", ".pth", ".h5", ".msgpack", ".gguf", ".onnx", ".partial"}
+"""Endings of files that hold weights in the old order and stay behind."""
+
+
+def permute_checkpoint(
+    source: Path,
+    target: Path,
+    placement: PlacementMap,
+    *,
+    invert: bool = False,
+    on_bytes: Callable[[int, int], None] | None = None,
+) -> None:
+    """Rewrite a checkpoint shard by shard; memory is bounded by `shards.CHUNK`.
+
+    Args:
+        source: folder with config.json and safetensors files.
+        target: folder to make; it may exist if it is empty.
+        invert: restore the original of a checkpoint that was permuted by this map.
+        on_bytes: called with the bytes written and those in all.
+
+    Raises:
+        CoterieError: the source is no such checkpoint, not of the plan's model or permuted already (or by another
+            plan), the plan is no permutation, or the target is not empty or cannot be written.
+    """
+    _require_new(target, source)
+    config = read_text_config(source)
+    _require_state(source, placement, invert)
+    _require_model(source, config, placement)
+    files = _shards(source)
+    headers = [read_header(source / file) for file in files]
+    sizes = config.get("num_hidden_layers") or config.get("num_layers") or placement.model.num_hidden_layers
+    layers = renumberings(placement, used_groups(config, placement.model.num_groups), invert=invert)
+    tensors = [tensor for header in headers for tensor in header.tensors]
+    edits = find_edits(tensors, layers, placement.model.num_experts, int(sizes))
+    rest = iter(edits)
+    edits_of_file = [list(islice(rest, len(header.tensors))) for header in headers]
+    total = sum(tensor.end - tensor.start for tensor in tensors)
+    done = 0
+
+    def count(size: int) -> None:
+        nonlocal done
+        done += size
+        if on_bytes:
+            on_bytes(done, total)
+
+    partial = target.with_name(f".{target.name}.partial")
+    try:
+        shutil.rmtree(partial, ignore_errors=True)  # of a run that was killed
+        partial.mkdir(parents=True)
+        for file, its_edits in zip(files, edits_of_file, strict=True):
+            rewrite(source / file, partial / file, its_edits, count)
+        names = {tensor.name: edit.name for tensor, edit in zip(tensors, edits, strict=True)}
+        _write_rest(source, partial, names)
+        if not invert:
+            placement.save(partial / MAP_FILE)
+        sync(file for file in partial.iterdir())
+        partial.replace(target)
+    except OSError as error:
+        remedy = "free some space" if error.errno == errno.ENOSPC else "give a writable place to -o"
+        raise CoterieError(f"{target}: cannot be written ({error.strerror}); {remedy}") from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def read_text_config(source: Path) -> dict[str, Any]:
+    """The part of a checkpoint's config.json that describes its text model, with the other keys beside.
+
+    Raises:
+        CoterieError: there is none.
+    """
+    if not source.is_dir():
+        raise CoterieError(f"{source}: no such folder; give a checkpoint on disk, such as a downloaded snapshot")
+    config = read_json(source / "config.json", "a model's config", "give the folder of a checkpoint")
+    inner = config.get("text_config")
+    return {**config, **inner} if isinstance(inner, dict) else config
+
+
+def read_permuted_map(folder: Path) -> PlacementMap:
+    """The plan that a checkpoint was permuted by.
+
+    Raises:
+        CoterieError: it was not permuted by coterie.
+    """
+    if not (folder / MAP_FILE).is_file():
+        raise CoterieError(
+            f"{folder}: has no {MAP_FILE}, so coterie did not permute it; give what `coterie export` wrote"
+        )
+    return PlacementMap.load_from(folder / MAP_FILE)
+
+
+def _require_new(target: Path, source: Path) -> None:
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise CoterieError(f"{target}: is there already and not an empty folder; give another name to -o")
+    if source.resolve() in (target.resolve(), *target.resolve().parents):
+        raise CoterieError(f"{target}: is inside the checkpoint that it is made from; give another place to -o")
+    if not target.name:
+        raise CoterieError(f"{target}: is no name for a folder; give one to -o")
+    require_writable_parent(target)
+
+
+def _require_state(source: Path, placement: PlacementMap, invert: bool) -> None:
+    if invert:
+        applied = read_permuted_map(source)
+        if (applied.physical_to_logical_map != placement.physical_to_logical_map).any():
+            raise CoterieError(f"{source}: was permuted by another plan, in its {MAP_FILE}; give that one")
+    elif (source / MAP_FILE).exists():
+        raise CoterieError(
+            f"{source}: is permuted already, see its {MAP_FILE}; give the original, or --invert it first"
+        )
+
+
+def _require_model(source: Path, config: Mapping[str, Any], placement: PlacementMap) -> None:
+    spec = placement.model
+    whole = read_json(source / "config.json", "a model's config", "give the folder of a checkpoint")
+    types = {str(config.get("model_type")), str(whole.get("model_type"))}
+    known = spec.model_type != "unknown"  # of imported recordings
+    if known and not {spec.model_type, spec.model_type.removesuffix("_text")} & types:
+        raise CoterieError(f"{source}: is a {' / '.join(sorted(types))}, the plan is for {spec.describe()}")
+    if spec.num_experts in (config.get("hidden_size"), spec.hidden_size):
+        raise CoterieError(
+            f"{source}: hidden size and experts are both {spec.num_experts}, so that shapes do not tell which tensors "
+            "are by expert; this model cannot be permuted"
+        )
+    if re.search(r"experts\.\d+", json.dumps(whole.get("quantization_config"))):
+        raise CoterieError(f"{source}: its quantization_config names single experts, which would be others then")
+
+
+def _shards(source: Path) -> list[str]:
+    found = sorted(path.name for path in source.glob("*.safetensors"))
+    if not found:
+        raise CoterieError(f"{source}: has no .safetensors files; save the model as safetensors first")
+    if not (source / INDEX).exists():
+        return found
+    named = sorted(set(_weight_map(source).values()))
+    missing = sorted(set(named) - set(found))
+    if missing:
+        raise CoterieError(f"{source}: {missing[0]} and {len(missing) - 1} more shards are missing; download them")
+    return named
+
+
+def _weight_map(source: Path) -> dict[str, str]:
+    names = read_json(source / INDEX, "an index of shards", "download it again").get("weight_map")
+    if not isinstance(names, dict) or not all(
+        isinstance(file, str) and Path(file).name == file for file in names.values()
+    ):
+        raise CoterieError(f"{source / INDEX}: weight_map must name a file for each tensor; download it again")
+    return names
+
+
+def _write_rest(source: Path, target: Path, new_name: Mapping[str, str]) -> None:
+    """The index with the new names, and config, tokenizer and whatever else lies beside the weights."""
+    if (source / INDEX).exists():
+        index = read_json(source / INDEX, "an index of shards", "download it again")
+        absent = sorted(set(_weight_map(source)) - set(new_name))
+        if absent:
+            raise CoterieError(f"{source / INDEX}: names {absent[0]}, which no shard has; download it again")
+        index["weight_map"] = {new_name[name]: file for name, file in _weight_map(source).items()}
+        write_json(target / INDEX, index)
+    for path in sorted(source.iterdir()):
+        if path.is_file() and path.suffix not in OTHER_WEIGHTS and path.name not in (INDEX, MAP_FILE):
+            shutil.copyfile(path, target / path.name)

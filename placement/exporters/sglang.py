@@ -1,0 +1,43 @@
+"""SGLang's initial expert location: a row for every hidden layer, dense ones included. Knows no other engine."""
+
+from __future__ import annotations
+
+import json
+import shlex
+from pathlib import Path
+
+from placement.exporters.contract import Engine, Export, HiddenLayers, full_rows, num_redundant
+from placement.placement_map import PlacementMap
+
+
+def export(placement: PlacementMap, path: Path, layers: HiddenLayers) -> Export:
+    """`{"physical_to_logical_map": int[hidden layers][P]}` for `--init-expert-location`.
+
+    The loader (`sglang/srt/eplb/expert_location.py`) hands every key on as an argument, so there can be no other; it
+    indexes rows by the layer's global number and never checks their number or that every expert is there.  Rows of
+    dense layers are what SGLang itself starts with, expert `slot % E`, and are never read.
+
+    Raises:
+        CoterieError: a slot is empty, or the number of hidden layers is not known.
+    """
+    total = layers.require_total(placement, "SGLang")
+    dense = [slot % placement.model.num_experts for slot in range(placement.topology.num_slots)]
+    row_of_layer = dict(zip(placement.model.layer_ids, full_rows(placement, "SGLang"), strict=True))
+    rows = [row_of_layer.get(layer, dense) for layer in range(total)]
+    topology = placement.topology
+    words = ["python -m sglang.launch_server --model-path", shlex.quote(placement.model.name)]
+    words += [f"--tp-size {topology.num_ranks} --ep-size {topology.num_ranks}"]
+    if topology.num_nodes > 1:
+        words += [f"--nnodes {topology.num_nodes} --node-rank 0 --dist-init-addr HOST:PORT"]
+    if num_redundant(placement):
+        words += [f"--ep-num-redundant-experts {num_redundant(placement)}"]
+    words += ["--moe-a2a-backend deepep --init-expert-location", shlex.quote(str(path))]
+    remarks = (
+        "models without get_model_config_for_expert_location in SGLang start, but pass over the file",
+        "layers for multi-token prediction stay in file order: SGLang has no row for them",
+    )
+    content = json.dumps({"physical_to_logical_map": rows}, separators=(",", ":")) + "\n"
+    return Export(content.encode(), " ".join(words), remarks)
+
+
+ENGINE = Engine("SGLang", "sglang 0.5.6.post2 and 0.5.23", (".json",), export)
