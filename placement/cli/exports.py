@@ -187,6 +187,6 @@ def verify(
     if not agrees:
         bound = tolerance * comparison.largest_logit
         raise CoterieError(
-            f"{permuted}: logits differ by {comparison.max_difference:.1e}, at most {bound:.1e} is equal; do not serve it"
+            f"{permuted}: logits differ by {comparison.max_difference:.1e}, at most {bound:.1e} may be; do not serve it"
         )
     notes.print(f"{permuted} computes what {original} does", markup=False, highlight=False)

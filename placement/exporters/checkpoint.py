@@ -155,11 +155,14 @@ def _shards(source: Path) -> list[str]:
     if not found:
         raise CoterieError(f"{source}: has no .safetensors files; save the model as safetensors first")
     if not (source / INDEX).exists():
+        count = re.search(r"-of-(\d+)\.", found[0])
+        if count and int(count[1]) != len(found):
+            raise CoterieError(f"{source}: {len(found)} of {int(count[1])} shards are there; download the missing ones")
         return found
     named = sorted(set(_weight_map(source).values()))
     missing = sorted(set(named) - set(found))
     if missing:
-        raise CoterieError(f"{source}: {missing[0]} and {len(missing) - 1} more shards are missing; download them")
+        raise CoterieError(f"{source}: {len(missing)} of {len(named)} shards are missing ({missing[0]}); download them")
     return named
 
 

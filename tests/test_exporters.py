@@ -1,0 +1,219 @@
+"""What is written for an engine means the plan, is read back as the plan, or is refused with the reason."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import yaml
+from conftest import make_spec
+from hypothesis import given
+from hypothesis import strategies as st
+from safetensors.numpy import load_file
+
+from placement.exporters import contract, eplb, sglang, tensorrt_llm, vllm, vllm_ascend
+from placement.exporters.contract import PROVENANCE, HiddenLayers, write_export
+from placement.foreign import read_any_map
+from placement.placement_map import PlacementMap
+from placement.topology import Topology
+from profiler.errors import CoterieError
+from profiler.spec import MoESpec
+
+ENGINES = {
+    "map.json": sglang.ENGINE,
+    "map.yaml": tensorrt_llm.ENGINE,
+    "plan.json": vllm.ENGINE,
+    "ascend.json": vllm_ascend.ENGINE,
+    "map.safetensors": eplb.ENGINE,
+}
+
+
+@st.composite
+def full_maps(draw: st.DrawFn) -> PlacementMap:
+    """Any map without empty slots: dense layers before and between, redundant experts, several nodes."""
+    num_nodes, ranks_per_node = draw(st.sampled_from([(1, 2), (1, 4), (2, 2), (1, 3)]))
+    num_ranks, num_experts = num_nodes * ranks_per_node, draw(st.sampled_from([12, 24]))
+    extra = draw(st.integers(0, 2))
+    layer_ids = tuple(sorted(draw(st.sets(st.integers(0, 9), min_size=1, max_size=3))))
+    rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
+    rows = []
+    for _ in layer_ids:
+        ranks = rng.permutation(num_experts).reshape(num_ranks, -1)
+        copies = [rng.permutation(np.setdiff1d(np.arange(num_experts), held))[:extra] for held in ranks]
+        held = [rng.permutation(np.concatenate(pair)) for pair in zip(ranks, copies, strict=True)]
+        rows.append(np.concatenate(held))
+    spec = MoESpec("made/up", "olmoe", layer_ids, num_experts, 2, 1, 32, 16, "float32")
+    topology = Topology(num_nodes, ranks_per_node, num_experts // num_ranks + extra)
+    return PlacementMap(spec, topology, np.stack(rows), {"name": "any"})
+
+
+@pytest.mark.parametrize("name", ENGINES)
+@given(placement=full_maps(), dense_behind=st.integers(0, 3), num_mtp=st.integers(0, 1))
+def test_every_export_is_read_back_as_the_same_map(tmp_path_factory, name, placement, dense_behind, num_mtp):
+    layers = HiddenLayers(placement.model.layer_ids[-1] + 1 + dense_behind, num_mtp)
+    path = tmp_path_factory.mktemp("export") / name
+    exported = write_export(ENGINES[name], placement, path, layers)
+    topology = placement.topology
+    ranks = None if name in ("plan.json", "ascend.json") else topology.num_ranks
+    again = read_any_map(path, placement.model, ranks, topology.num_nodes)
+    assert (again.physical_to_logical_map == placement.physical_to_logical_map).all()
+    assert again.model == placement.model
+    assert again.topology == topology
+    sidecar = json.loads((path.parent / (path.name + PROVENANCE)).read_text())
+    assert sidecar["start"] == exported.start
+    assert sidecar["checked_against"] == ENGINES[name].checked_against
+    assert path.read_bytes() == exported.content
+    assert write_export(ENGINES[name], placement, path, layers).content == exported.content  # same bytes again
+
+
+@given(placement=full_maps())
+def test_eplb_inverse_is_what_a_loop_finds(placement):
+    log2phy, logcnt = eplb.inverse(placement.physical_to_logical_map, placement.model.num_experts)
+    for layer, row in enumerate(placement.physical_to_logical_map.tolist()):
+        for expert in range(placement.model.num_experts):
+            slots = [slot for slot, held in enumerate(row) if held == expert]
+            assert logcnt[layer, expert] == len(slots)
+            assert log2phy[layer, expert].tolist() == slots + [-1] * (log2phy.shape[2] - len(slots))
+    assert log2phy.shape[2] == logcnt.max()
+
+
+def some_map(**changes: object) -> PlacementMap:
+    """Layers 1 and 3 of 5, 8 experts in reverse order, 4 ranks on 2 nodes, one copy a rank."""
+    spec = replace(make_spec(2, 8, 2), layer_ids=(1, 3), name="org/model", **changes)
+    rows = np.arange(8)[::-1].reshape(4, 2)
+    rows = np.concatenate([rows, np.roll(rows, 1, axis=0)[:, :1]], axis=1).ravel()
+    return PlacementMap(spec, Topology(2, 2, 3), np.stack([rows, rows]), {"name": "any"})
+
+
+def test_sglang_has_a_row_for_every_hidden_layer():
+    exported = sglang.export(some_map(), Path("/x/map.json"), HiddenLayers(5))
+    value = json.loads(exported.content)
+    assert list(value) == ["physical_to_logical_map"]  # any other key is a TypeError in SGLang
+    rows = value["physical_to_logical_map"]
+    dense = [0, 1, 2, 3, 4, 5, 6, 7, 0, 1, 2, 3]
+    assert [rows[layer] == dense for layer in range(5)] == [True, False, True, False, True]
+    assert rows[1] == rows[3] == some_map().physical_to_logical_map[0].tolist()
+    for words in ("--ep-size 4", "--nnodes 2", "--ep-num-redundant-experts 4", "--init-expert-location /x/map.json"):
+        assert words in exported.start
+
+
+def test_tensorrt_llm_has_rows_for_mtp_layers():
+    value = yaml.safe_load(tensorrt_llm.export(some_map(), Path("/x/map.yaml"), HiddenLayers(5, 2)).content)
+    assert set(value) == {"num_slots", "initial_global_assignments", "layer_updates_per_iter"}
+    assert (value["num_slots"], value["layer_updates_per_iter"]) == (12, 0)
+    assert list(value["initial_global_assignments"]) == [1, 3, 5, 6]
+    # what its own code starts with: rank r from expert r * E // R on
+    assert value["initial_global_assignments"][6] == [0, 1, 2, 2, 3, 4, 4, 5, 6, 6, 7, 0]
+
+
+def test_vllm_ascend_counts_moe_layers_from_0():
+    value = json.loads(vllm_ascend.export(some_map(), Path("/x/map.json"), HiddenLayers()).content)
+    assert value["moe_layer_count"] == 2
+    assert [layer["layer_id"] for layer in value["layer_list"]] == [0, 1]
+    assert value["layer_list"][0]["device_count"] == 4
+    assert value["layer_list"][1]["device_list"][1] == {"device_id": 1, "device_expert": [5, 4, 7]}
+
+
+def test_eplb_file_holds_three_tensors(tmp_path):
+    write_export(eplb.ENGINE, some_map(), tmp_path / "map.safetensors", HiddenLayers())
+    tensors = load_file(tmp_path / "map.safetensors")
+    assert {name: (tensor.shape, tensor.dtype) for name, tensor in tensors.items()} == {
+        "phy2log": ((2, 12), np.int64),
+        "log2phy": ((2, 8, 2), np.int64),
+        "logcnt": ((2, 8), np.int64),
+    }
+
+
+def test_the_plan_knows_its_hidden_layers():
+    placement = some_map(num_hidden_layers=6)
+    layers = HiddenLayers(placement.model.num_hidden_layers)
+    assert len(json.loads(sglang.export(placement, Path("/x"), layers).content)["physical_to_logical_map"]) == 6
+
+
+def empty_slots() -> PlacementMap:
+    """8 experts on 3 ranks, the last slot of which is empty."""
+    slots = np.array([[0, 1, 2, 3, 4, 5, 6, 7, -1]])
+    return PlacementMap(make_spec(1, 8, 2), Topology.for_experts(8, 3), slots, {"name": "any"})
+
+
+@pytest.mark.parametrize("name", ENGINES)
+def test_empty_slots_are_refused(tmp_path, name):
+    with pytest.raises(CoterieError, match="1 empty slots of 9.*--redundant-experts 1"):
+        write_export(ENGINES[name], empty_slots(), tmp_path / name, HiddenLayers(1))
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("name", "layers", "message"),
+    [
+        ("map.json", HiddenLayers(), "give --num-hidden-layers"),
+        ("map.json", HiddenLayers(3), "last MoE layer is 3; give at least 4"),
+        ("map.yaml", HiddenLayers(0, 1), "needs the number of all hidden layers"),
+        ("ascend.json", HiddenLayers(5, 2), "at most 1"),
+    ],
+)
+def test_what_an_engine_cannot_take_is_refused(tmp_path, name, layers, message):
+    with pytest.raises(CoterieError, match=message):
+        write_export(ENGINES[name], some_map(), tmp_path / name, layers)
+    assert not list(tmp_path.iterdir())
+
+
+def test_other_refusals(tmp_path):
+    one_rank = PlacementMap.linear(make_spec(1, 8, 2), Topology(1, 1, 8))
+    with pytest.raises(CoterieError, match="on 1 rank"):
+        write_export(vllm_ascend.ENGINE, one_rank, tmp_path / "a.json", HiddenLayers())
+    with pytest.raises(CoterieError, match="takes .json"):
+        write_export(vllm_ascend.ENGINE, some_map(), tmp_path / "a.yaml", HiddenLayers())
+    with pytest.raises(CoterieError, match="-1 hidden"):
+        HiddenLayers(-1)
+    with pytest.raises(CoterieError, match="holds one expert twice"):  # no engine has a use for it
+        replace(some_map(), physical_to_logical_map=np.array([[0, 0, 1, 2, 3, 4, 5, 6, 7, 0, 1, 2]] * 2))
+
+
+def test_a_full_disk_leaves_neither_file(tmp_path, monkeypatch):
+    def full(path, value):
+        raise CoterieError("no space")
+
+    monkeypatch.setattr(contract, "write_json", full)
+    with pytest.raises(CoterieError, match="no space"):
+        write_export(sglang.ENGINE, some_map(), tmp_path / "map.json", HiddenLayers(5))
+    assert not list(tmp_path.iterdir())
+
+
+BROKEN = {
+    "cut.yaml": ("num_slots: 12\ninitial_global_assignments: {1: [0, 1", "not YAML"),
+    "list.yaml": ("[1, 2]", "not a load balancer configuration"),
+    "pickled.yaml": ("!!python/object/apply:os.system ['false']", "not YAML"),
+    "more.yaml": ("num_slots: 12\ninitial_global_assignments: {}\nmore: 1", "not a load balancer configuration"),
+    "layer.yaml": ("num_slots: 12\ninitial_global_assignments: {1: [0]}", "no layer 3"),
+    "text.yaml": ("num_slots: 2\ninitial_global_assignments: {1: [a, b], 3: [a, b]}", "whole numbers"),
+    "short.yaml": ("num_slots: 3\ninitial_global_assignments: {1: [0, 1], 3: [0, 1]}", "num_slots is 3"),
+    "none.json": ('{"layer_list": [], "moe_layer_count": 0}', "not an expert map"),
+    "count.json": ('{"layer_list": [{"layer_id": 0}], "moe_layer_count": 2}', "must be moe_layer_count"),
+    "devices.json": (
+        '{"layer_list": [{"layer_id": 0, "device_count": 2, "device_list": []}], "moe_layer_count": 1}',
+        "0 devices",
+    ),
+    "nan.json": ('{"physical_to_logical_map": [[0, NaN], [1, 0]]}', "whole numbers"),
+}
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_broken_maps_are_one_line(tmp_path, name):
+    text, message = BROKEN[name]
+    (tmp_path / name).write_text(text)
+    with pytest.raises(CoterieError, match=message):
+        read_any_map(tmp_path / name, some_map().model, 4)
+
+
+def test_sglang_tensors_are_read_too(tmp_path):
+    import torch
+
+    rows = json.loads(sglang.export(some_map(), Path("/x"), HiddenLayers(5)).content)["physical_to_logical_map"]
+    torch.save({"physical_to_logical_map": torch.tensor(rows)}, tmp_path / "map.pt")
+    again = read_any_map(tmp_path / "map.pt", some_map().model, 4, 2)
+    assert (again.physical_to_logical_map == some_map().physical_to_logical_map).all()
+    torch.save({"physical_to_logical_map": torch.tensor(rows), "more": 1}, tmp_path / "more.pt")
+    with pytest.raises(CoterieError, match="neither"):
+        read_any_map(tmp_path / "more.pt", some_map().model, 4)
