@@ -2,13 +2,16 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test lint types check model benchmarks clean
+.PHONY: demo test test-engines lint types check model benchmarks clean
 
 demo: $(VENV)/installed  ## profile, plan, run and show the embedded model
 	$(BIN)/coterie demo
 
 test: $(VENV)/installed  ## the whole test suite
 	$(BIN)/python -m pytest
+
+test-engines: $(VENV)/installed  ## released SGLang, vLLM and vllm-ascend load what is exported; downloads 105 MB
+	COTERIE_TEST_ENGINES=1 $(BIN)/python -m pytest tests/test_engines.py -rs
 
 lint: $(VENV)/installed
 	$(BIN)/ruff check .

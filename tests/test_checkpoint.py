@@ -292,7 +292,7 @@ def test_places_and_states_that_are_refused(tmp_path):
         plan=PlacementMap.linear(replace(spec, layer_ids=(0, 1, 2), num_hidden_layers=0), Topology(1, 2, 4)),
     )
     refused("the plan is for 4", plan=PlacementMap.linear(replace(spec, num_experts=4), Topology(1, 2, 2)))
-    refused("8 experts have", plan=PlacementMap.linear(replace(spec, num_experts=16), Topology(1, 2, 8)))
+    refused("a row for each of 16", plan=PlacementMap.linear(replace(spec, num_experts=16), Topology(1, 2, 8)))
     refused("both 8", plan=replace(placement, model=replace(spec, hidden_size=8)))
     refused("has no coterie-placement.json", invert=True)
     permute_checkpoint(source, tmp_path / "planned", placement)
