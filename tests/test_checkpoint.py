@@ -17,7 +17,6 @@ from tiny_models import tiny_model
 
 from placement.exporters import checkpoint, shards
 from placement.exporters.checkpoint import MAP_FILE, permute_checkpoint
-from placement.exporters.permutation import used_groups
 from placement.exporters.shards import Edit, read_header, rewrite
 from placement.exporters.verify import compare
 from placement.foreign import read_any_map
@@ -156,9 +155,9 @@ def test_groups_are_kept_or_refused(tmp_path):
     for plan in (mixed, replace(mixed, model=replace(mixed.model, num_groups=1))):  # the config says it too
         with pytest.raises(CoterieError, match="layer 2: the plan mixes the router's 2 groups.*--preserve-groups"):
             permute_checkpoint(tmp_path / "original", tmp_path / "planned", plan)
-    assert used_groups({"n_group": 8, "topk_group": 4}, 1) == 8
-    assert used_groups({"n_group": 1, "topk_group": 1}, 1) == 1
-    assert used_groups({"n_group": 8, "topk_group": 3, "topk_method": "greedy"}, 1) == 1
+    assert checkpoint._groups({"n_group": 8, "topk_group": 4}, 1) == 8
+    assert checkpoint._groups({"n_group": 1, "topk_group": 1}, 1) == 1
+    assert checkpoint._groups({"n_group": 8, "topk_group": 3, "topk_method": "greedy"}, 1) == 1
 
 
 def test_what_lies_beside_the_weights_comes_along(tmp_path):
@@ -224,6 +223,11 @@ def another_model(folder: Path) -> None:
     (folder / "config.json").write_text(json.dumps({**config, "model_type": "mixtral"}))
 
 
+def odd_config(folder: Path) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "n_group": "two"}))
+
+
 def named_experts(folder: Path) -> None:
     config = json.loads((folder / "config.json").read_text())
     quantization = {"ignore": ["model.layers.0.mlp.experts.3.up_proj"]}
@@ -240,6 +244,7 @@ def named_experts(folder: Path) -> None:
         (no_config, "no such file"),
         (garbage, "not a safetensors file"),
         (another_model, "is a mixtral"),
+        (odd_config, "n_group is 'two'"),
         (named_experts, "names single experts"),
         (shutil.rmtree, "no such folder"),
     ],

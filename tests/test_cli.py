@@ -83,6 +83,7 @@ def bad(tmp_path):
     shard = tmp_path / "cut.profile" / "tokens-00000.safetensors"
     shard.write_bytes(shard.read_bytes()[:-10])
     PlacementMap.linear(make_spec(2, 16, 2), Topology.for_experts(16, 2)).save(tmp_path / "other.json")
+    PlacementMap.linear(make_spec(2, 8, 2), Topology.for_experts(8, 2)).save(tmp_path / "own.json")
     (tmp_path / "sglang.json").write_text(json.dumps({"physical_to_logical_map": [list(range(8))] * 2}))
     (tmp_path / "short.json").write_text(json.dumps({"physical_to_logical_map": [list(range(8))]}))
     (tmp_path / "empty.txt").touch()
@@ -149,6 +150,45 @@ MISTAKES = {
     "unknown device": (["profile", "--device", "abacus", "-o", "{bad}/out"], "device 'abacus'"),
     "name too long": (["plan", "x" * 300, "--ranks", "2", "-o", "{bad}/out"], "File name too long"),
     "no name": (["profile", "-o", "/"], "is no name for a profile"),
+    "times of an all-gather": (
+        ["evaluate", "{bad}/own.json", "{bad}/ok.profile", "--engine", "vllm", "--links", "h100"],
+        "times are not modelled there",
+    ),
+    "unknown engine": (
+        ["evaluate", "{bad}/own.json", "{bad}/ok.profile", "--engine", "vllm-pigeon"],
+        "--engine vllm-pigeon: not known; give one of vllm",
+    ),
+    "engine and dispatch": (
+        ["evaluate", "{bad}/own.json", "{bad}/ok.profile", "--engine", "vllm", "--dispatch", "per-rank"],
+        "leave one of them out",
+    ),
+    "export of no map": (["export", "{bad}/some.txt", "--to", "vllm", "-o", "{bad}/out.json"], "truncated, or not"),
+    "export without layers": (
+        ["export", "{bad}/own.json", "--to", "sglang", "-o", "{bad}/out.json"],
+        "give --num-hidden-layers",
+    ),
+    "export to a name that the engine refuses": (
+        ["export", "{bad}/own.json", "--to", "tensorrt-llm", "-o", "{bad}/out.json"],
+        "takes .yaml or .yml",
+    ),
+    "export over the plan": (
+        ["export", "{bad}/own.json", "--to", "vllm", "-o", "{bad}/own.json"],
+        "is the plan itself",
+    ),
+    "inverse of a file": (
+        ["export", "{bad}/own.json", "--to", "eplb", "-o", "{bad}/out.safetensors", "--invert"],
+        "--invert is for checkpoints",
+    ),
+    "checkpoint of no model": (["export", "{bad}/own.json", "--to", "checkpoint", "-o", "{bad}/out"], "give --model"),
+    "checkpoint of another model": (
+        ["export", "{bad}/own.json", "--to", "checkpoint", "--model", "{bad}/dense", "-o", "{bad}/out"],
+        "is a llama",
+    ),
+    "checkpoint into a full folder": (
+        ["export", "{bad}/own.json", "--to", "checkpoint", "--model", "{bad}/wrong", "-o", "{bad}/dense"],
+        "not an empty folder",
+    ),
+    "verification of an original": (["export", "verify", "{bad}/wrong", "{bad}/wrong"], "coterie did not permute it"),
     "missing map": (["bench", "{bad}/nowhere.json"], "no such file"),
     "truncated map": (["bench", "{bad}/broken.json"], "truncated, or not a placement map"),
     "map of another model": (["bench", "{bad}/other.json"], "the map is for made-up"),
@@ -196,6 +236,7 @@ def test_every_command_shows_an_example():
         for command in group.typer_instance.registered_commands:
             named[f"{group.name} {command.name or command.callback.__name__}"] = command
     named["profile"] = named.pop("profile record")
+    named["export"] = named.pop("export plan")
     assert set(named) >= {
         "profile",
         "profile merge",
@@ -206,6 +247,8 @@ def test_every_command_shows_an_example():
         "import tensorrt-llm",
         "import vllm",
         "plan",
+        "export",
+        "export verify",
         "bench",
         "report",
         "demo",
@@ -322,3 +365,86 @@ def test_planning_with_everything(monkeypatch, capsys, bad):
     for word in ("occult", "metis", "spectral", "quadratic", "search", "predicted", "regret"):
         assert word in output
     assert run(monkeypatch, "evaluate", bad / "plan.json", bad / "ok.profile", "--choice", "source") == 0
+
+
+@pytest.mark.parametrize(
+    ("engine", "sends", "rows"),
+    [("vllm", "to-all", 2.0), ("vllm-deepep-low-latency", "per-expert", 2.0), ("coterie", "per-rank", None)],
+)
+def test_figures_are_those_of_the_engine(monkeypatch, capsys, bad, engine, sends, rows):
+    arguments = ["evaluate", bad / "own.json", bad / "ok.profile", "--engine", engine]
+    assert run(monkeypatch, *arguments, "--json") == 0
+    value = json.loads(capsys.readouterr().out)
+    fan_out = value["metrics"]["linear"]["fan_out"]["mean"]
+    assert (value["engine"], value["sends"]) == (engine, sends)
+    assert value["rows_per_token"]["linear"] == (fan_out if rows is None else rows)
+    assert run(monkeypatch, *arguments) == 0
+    assert "rows sent for a token" in capsys.readouterr().err
+
+
+def test_times_are_those_of_the_engines_mode(monkeypatch, capsys, bad):
+    arguments = ["evaluate", bad / "own.json", bad / "ok.profile", "--links", "h100", "--json"]
+    assert run(monkeypatch, *arguments, "--engine", "vllm-deepep-low-latency") == 0
+    engine = json.loads(capsys.readouterr().out)["metrics"]
+    assert run(monkeypatch, *arguments, "--dispatch", "per-expert") == 0
+    assert engine == json.loads(capsys.readouterr().out)["metrics"]
+    assert run(monkeypatch, *arguments) == 0
+    assert engine != json.loads(capsys.readouterr().out)["metrics"]
+
+
+@pytest.mark.parametrize(
+    ("to", "name"),
+    [
+        ("sglang", "a.json"),
+        ("tensorrt-llm", "a.yaml"),
+        ("vllm", "b.json"),
+        ("vllm-ascend", "c.json"),
+        ("eplb", "a.safetensors"),
+    ],
+)
+def test_exports_are_evaluated_like_the_plan(monkeypatch, capsys, bad, to, name):
+    out = bad / "exports" / name
+    assert run(monkeypatch, "export", bad / "own.json", "--to", to, "--num-hidden-layers", 2, "-o", out, "--json") == 0
+    written = json.loads(capsys.readouterr().out)
+    assert written["start"]
+    assert sorted(path.name for path in out.parent.iterdir()) == [name, f"{name}.provenance.json"]
+    ranks = [] if to in ("vllm", "vllm-ascend") else ["--ranks", 2]
+    assert run(monkeypatch, "evaluate", out, bad / "ok.profile", *ranks, "--json") == 0
+    metrics = json.loads(capsys.readouterr().out)["metrics"]
+    assert next(iter(metrics.values())) == list(metrics.values())[-1]  # own.json is the linear map
+
+
+def test_the_embedded_model_is_permuted_and_proved(monkeypatch, capsys, tmp_path):
+    """Record, plan, permute, verify, go back; as docs/engines.md has it."""
+    profile, plan = tmp_path / "run.profile", tmp_path / "plan.json"
+    assert run(monkeypatch, "profile", "--max-tokens", 600, "-o", profile) == 0
+    assert run(monkeypatch, "plan", profile, "--ranks", 4, "--kicks", 1, "-o", plan) == 0
+    assert PlacementMap.load_from(plan).model.num_hidden_layers == 4
+    assert run(monkeypatch, "export", plan, "--to", "sglang", "-o", tmp_path / "experts.json") == 0
+    capsys.readouterr()
+    to_checkpoint = ["export", plan, "--to", "checkpoint", "--model"]
+    planned, back = tmp_path / "planned", tmp_path / "back"
+    assert run(monkeypatch, *to_checkpoint, zoo.MODEL, "-o", planned, "--json") == 0
+    assert "export verify" in json.loads(capsys.readouterr().out)["remarks"][0]
+    assert run(monkeypatch, "export", "verify", zoo.MODEL, planned, "--num-tokens", 100, "--json") == 0
+    proof = json.loads(capsys.readouterr().out)
+    assert proof["agrees"]
+    assert proof["tokens"] == 100
+    assert proof["same_selection"] > 0.99
+    assert run(monkeypatch, "export", "verify", zoo.MODEL, planned, "--data", zoo.HELD_OUT, "--num-tokens", 50) == 0
+    assert "largest difference" in capsys.readouterr().out
+    assert run(monkeypatch, "export", "verify", zoo.MODEL, planned, "--tolerance", 0, "--seed", 1) == 1
+    assert "do not serve it" in capsys.readouterr().err
+    assert run(monkeypatch, *to_checkpoint, planned, "-o", back, "--invert") == 0
+    before, after = (dict(tensors_of(folder)) for folder in (zoo.MODEL, back))
+    assert before == after
+
+
+def tensors_of(folder):
+    """Names and bytes of a checkpoint's tensors."""
+    from placement.exporters.shards import read_header
+
+    for path in sorted(Path(folder).glob("*.safetensors")):
+        header = read_header(path)
+        data = path.read_bytes()[header.data_start :]
+        yield from ((tensor.name, data[tensor.start : tensor.end]) for tensor in header.tensors)

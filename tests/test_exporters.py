@@ -217,3 +217,47 @@ def test_sglang_tensors_are_read_too(tmp_path):
     torch.save({"physical_to_logical_map": torch.tensor(rows), "more": 1}, tmp_path / "more.pt")
     with pytest.raises(CoterieError, match="neither"):
         read_any_map(tmp_path / "more.pt", some_map().model, 4)
+
+
+def check_tensorrt_llm(text: bytes, ep_size: int, moe_layers: list[int], num_experts: int) -> None:
+    """What TensorRT-LLM's MoeLoadBalancerConfig and its MoE layers ask of the file, as strict as can be."""
+    value = yaml.safe_load(text)
+    assert set(value) <= {"num_slots", "initial_global_assignments", "layer_updates_per_iter"}  # others are forbidden
+    assert type(value["num_slots"]) is int
+    assert value["num_slots"] % ep_size == 0
+    assert value["num_slots"] >= num_experts
+    assert value["layer_updates_per_iter"] == 0  # else it moves experts away from the plan
+    for layer in moe_layers:
+        row = value["initial_global_assignments"][layer]  # KeyError, as there
+        assert isinstance(row, list)
+        assert all(type(expert) is int for expert in row)
+        assert len(row) == value["num_slots"]
+        assert set(row) == set(range(num_experts))
+    assert all(type(layer) is int for layer in value["initial_global_assignments"])
+
+
+def check_vllm_ascend(text: bytes, ep_size: int, num_layers: int, num_experts: int) -> None:
+    """What vllm-ascend's init_eplb_config takes for granted."""
+    value = json.loads(text)
+    assert set(value) == {"moe_layer_count", "layer_list"}
+    assert value["moe_layer_count"] == len(value["layer_list"]) == num_layers
+    for ordinal, layer in enumerate(value["layer_list"]):
+        assert set(layer) == {"layer_id", "device_count", "device_list"}
+        assert layer["layer_id"] == ordinal
+        assert layer["device_count"] == len(layer["device_list"]) == ep_size
+        held = [device["device_expert"] for device in layer["device_list"]]
+        assert [device["device_id"] for device in layer["device_list"]] == list(range(ep_size))
+        assert len({len(experts) for experts in held}) == 1
+        assert all(len(set(experts)) == len(experts) for experts in held)
+        assert {expert for experts in held for expert in experts} == set(range(num_experts))
+
+
+@given(placement=full_maps(), num_mtp=st.integers(0, 2))
+def test_files_keep_to_strict_schemas(placement, num_mtp):
+    spec, ranks = placement.model, placement.topology.num_ranks
+    total = spec.layer_ids[-1] + 2
+    text = tensorrt_llm.export(placement, Path("/x.yaml"), HiddenLayers(total, num_mtp)).content
+    layers = [*spec.layer_ids, *range(total, total + num_mtp)]
+    check_tensorrt_llm(text, ranks, layers, spec.num_experts)
+    text = vllm_ascend.export(placement, Path("/x.json"), HiddenLayers(total)).content
+    check_vllm_ascend(text, ranks, spec.num_layers, spec.num_experts)

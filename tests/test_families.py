@@ -157,6 +157,10 @@ def test_spec(family):
         "hidden_size": 32,
         "expert_size": 16,
         "dtype": "float32",
+        # of the decoder layers as they are, which longcat_flash's config counts twice and others name otherwise
+        "num_hidden_layers": {"dbrx": 2, "longcat_flash": 2, "nemotron_h": 4, "switch_transformers": 4}.get(
+            family, CONFIGS[family].get("num_hidden_layers")
+        ),
     }
     assert read_spec(tiny_model(family), "tiny").to_json() == expected | SPECS.get(family, {})
 

@@ -10,6 +10,13 @@ FORBIDDEN = {
     "profiler": ("placement",),
     "placement/solvers": ("placement.runtime", "placement.report", "placement.cli", "placement.compare"),
     "placement/runtime": ("placement.solvers", "placement.report", "placement.cli", "placement.compare"),
+    "placement/exporters": (
+        "placement.solvers",
+        "placement.runtime",
+        "placement.report",
+        "placement.cli",
+        "placement.compare",
+    ),
     "placement/report": ("placement.solvers", "placement.cli", "placement.compare"),
 }
 NO_TORCH = (
@@ -48,6 +55,14 @@ def test_imports_point_one_way(place):
 def test_planning_needs_no_torch(place):
     for file in files_of(place):
         assert not any(name.split(".")[0] in ("torch", "transformers") for name in imported_names(file)), file
+
+
+def test_what_vllm_loads_at_every_start_imports_nothing():
+    for place in ("placement/__init__.py", "placement/exporters/__init__.py"):
+        assert not imported_names(ROOT / place)
+    plugin = ast.parse((ROOT / "placement/exporters/vllm_plugin.py").read_text())
+    imports = [node for node in plugin.body if isinstance(node, ast.Import | ast.ImportFrom)]
+    assert {ast.unparse(node).split()[1] for node in imports} == {"__future__", "os", "typing"}
 
 
 def test_only_the_command_line_sees_everything():

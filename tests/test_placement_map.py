@@ -1,6 +1,7 @@
 """Maps survive the disk and refuse what no engine could load."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -131,3 +132,16 @@ def test_a_failed_write_leaves_nothing(tmp_path):
     with pytest.raises(CoterieError, match="cannot be written"):
         PlacementMap.linear(SPEC, TOPOLOGY).save(tmp_path / "plan.json")
     assert [path.name for path in tmp_path.iterdir()] == ["plan.json"]
+
+
+def test_files_from_before_hidden_layers_were_recorded_are_read(tmp_path):
+    from profiler.spec import MoESpec
+
+    old = make_spec(2, 8, 2)
+    assert "num_hidden_layers" not in old.to_json()  # nor do digests of old profiles change
+    assert MoESpec.from_json(old.to_json()) == old
+    known = replace(old, num_hidden_layers=3)
+    assert MoESpec.from_json(known.to_json()) == known
+    assert known.routes_like(old)
+    with pytest.raises(CoterieError, match="must be above the last MoE layer"):
+        replace(old, num_hidden_layers=1)

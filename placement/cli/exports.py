@@ -70,10 +70,11 @@ def export(
         if model is None:
             raise CoterieError("--to checkpoint rewrites a model: give --model with the folder of the original")
         _write_checkpoint(placement, model, out, invert)
-        start = f"any engine that places experts in file order: give it {out} in place of {model}"
-        written: dict[str, Any] = {"engine": to.value, "out": str(out), "start": start, "remarks": []}
-        if not invert:
-            written["remarks"].append(f"prove it with: coterie export verify {model} {out}")
+        start = f"in any engine that places experts in file order: give it {out} in place of {model}"
+        proof = f"prove it with: coterie export verify {model} {out}"
+        written: dict[str, Any] = {"engine": to.value, "out": str(out), "start": start, "remarks": [proof]}
+        if invert:
+            written |= {"start": f"{out} has the experts of {model} in their first order again", "remarks": []}
     else:
         from placement.exporters.contract import write_export
 
@@ -91,8 +92,8 @@ def export(
     else:
         print(written["start"])  # not through rich, which would wrap a line that is to be copied
         for remark in written["remarks"]:
-            notes.print(remark, markup=False, highlight=False)
-    notes.print(f"wrote {out} for {written['engine']}", markup=False, highlight=False)
+            notes.print(remark, markup=False, highlight=False, soft_wrap=True)
+    notes.print(f"wrote {out} for {written['engine']}", markup=False, highlight=False, soft_wrap=True)
 
 
 def _engine(to: Target) -> Engine:
@@ -110,15 +111,15 @@ def _engine(to: Target) -> Engine:
 def _hidden_layers(
     placement: PlacementMap, model: Path | None, num_hidden_layers: int | None, num_mtp_layers: int | None
 ) -> HiddenLayers:
-    """From the options, else the model's config, else the plan."""
-    from placement.exporters.checkpoint import read_text_config
+    """From the options, else the plan, which counted the layers themselves, else the model's config."""
+    from placement.exporters.checkpoint import read_text_config, whole_number
     from placement.exporters.contract import HiddenLayers
 
     config = read_text_config(model) if model else {}
-    known = config.get("num_hidden_layers") or placement.model.num_hidden_layers
+    known = placement.model.num_hidden_layers or whole_number(config, "num_hidden_layers", "num_layers")
     total = known if num_hidden_layers is None else num_hidden_layers
-    drafts = config.get("num_nextn_predict_layers") or config.get("mtp_num_hidden_layers") or 0
-    return HiddenLayers(int(total), int(drafts) if num_mtp_layers is None else num_mtp_layers)
+    drafts = whole_number(config, "num_nextn_predict_layers", "mtp_num_hidden_layers")
+    return HiddenLayers(total, drafts if num_mtp_layers is None else num_mtp_layers)
 
 
 def _write_checkpoint(placement: PlacementMap, model: Path, out: Path, invert: bool) -> None:
@@ -189,4 +190,4 @@ def verify(
         raise CoterieError(
             f"{permuted}: logits differ by {comparison.max_difference:.1e}, at most {bound:.1e} may be; do not serve it"
         )
-    notes.print(f"{permuted} computes what {original} does", markup=False, highlight=False)
+    notes.print(f"{permuted} computes what {original} does", markup=False, highlight=False, soft_wrap=True)

@@ -253,8 +253,8 @@ def evaluate(
         return
     if backend:
         sent = ", ".join(f"{name} {mean:.2f}" for name, mean in rows.items())
-        notes.print(f"{engine} ({backend.option}) {backend.decides}", markup=False, highlight=False)
-        notes.print(f"rows sent for a token: {sent}", markup=False, highlight=False)
+        notes.print(f"{engine} ({backend.option}) {backend.decides}", markup=False, highlight=False, soft_wrap=True)
+        notes.print(f"rows sent for a token: {sent}", markup=False, highlight=False, soft_wrap=True)
     tables.print(metrics_table(f"{model.name} on {topology.num_ranks} ranks, {tokens.num_tokens:,} tokens", figures))
     if by_layer:
         names = [name for name in METRICS if hasattr(by_layer, name)]

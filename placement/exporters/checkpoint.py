@@ -14,7 +14,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from placement.exporters.permutation import find_edits, renumberings, used_groups
+from placement.exporters.permutation import find_edits, renumberings
 from placement.exporters.shards import read_header, rewrite
 from placement.placement_map import PlacementMap
 from profiler.errors import CoterieError
@@ -53,10 +53,10 @@ def permute_checkpoint(
     _require_model(source, config, placement)
     files = _shards(source)
     headers = [read_header(source / file) for file in files]
-    sizes = config.get("num_hidden_layers") or config.get("num_layers") or placement.model.num_hidden_layers
-    layers = renumberings(placement, used_groups(config, placement.model.num_groups), invert=invert)
+    num_hidden = placement.model.num_hidden_layers or whole_number(config, "num_hidden_layers", "num_layers")
+    layers = renumberings(placement, _groups(config, placement.model.num_groups), invert=invert)
     tensors = [tensor for header in headers for tensor in header.tensors]
-    edits = find_edits(tensors, layers, placement.model.num_experts, int(sizes))
+    edits = find_edits(tensors, layers, placement.model.num_experts, num_hidden)
     rest = iter(edits)
     edits_of_file = [list(islice(rest, len(header.tensors))) for header in headers]
     total = sum(tensor.end - tensor.start for tensor in tensors)
@@ -98,6 +98,19 @@ def read_text_config(source: Path) -> dict[str, Any]:
     config = read_json(source / "config.json", "a model's config", "give the folder of a checkpoint")
     inner = config.get("text_config")
     return {**config, **inner} if isinstance(inner, dict) else config
+
+
+def whole_number(config: Mapping[str, Any], *names: str) -> int:
+    """The first of several keys of a config that is there; 0 if none is.
+
+    Raises:
+        CoterieError: its value is no whole number.
+    """
+    name = next((name for name in names if config.get(name) is not None), "")
+    value = config.get(name, 0)
+    if type(value) is not int or value < 0:
+        raise CoterieError(f"config.json: {name} is {value!r}, must be a whole number; give the model's own config")
+    return value
 
 
 def read_permuted_map(folder: Path) -> PlacementMap:
@@ -148,6 +161,13 @@ def _require_model(source: Path, config: Mapping[str, Any], placement: Placement
         )
     if re.search(r"experts\.\d+", json.dumps(whole.get("quantization_config"))):
         raise CoterieError(f"{source}: its quantization_config names single experts, which would be others then")
+
+
+def _groups(config: Mapping[str, Any], recorded: int) -> int:
+    """Groups that a router chooses from, as its config or the recording of it say; the larger number."""
+    groups = whole_number(config, "n_group")
+    used = config.get("topk_method") != "greedy" and (whole_number(config, "topk_group") or groups) < groups
+    return max(recorded, groups if used else 1)
 
 
 def _shards(source: Path) -> list[str]:

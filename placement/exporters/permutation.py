@@ -9,7 +9,6 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from placement.exporters.shards import INTEGERS, Edit, Tensor
 from placement.placement_map import PlacementMap
@@ -70,7 +69,7 @@ def find_edits(
     """What becomes of every tensor of a checkpoint, in the given order.
 
     Args:
-        num_hidden_layers: of its config; experts in layers from there on are those of multi-token prediction.
+        num_hidden_layers: experts in layers from there on are those of multi-token prediction; 0 where not known.
 
     Raises:
         CoterieError: a layer of the plan has no experts or router that are known, or another layer has some.
@@ -84,7 +83,7 @@ def find_edits(
             continue
         layer, rest = int(found[1]), found[2]
         if layer not in layers:
-            if layer < num_hidden_layers and (NUMBERED.match(rest) or PACKED.match(rest)):
+            if (layer < num_hidden_layers or not num_hidden_layers) and (NUMBERED.match(rest) or PACKED.match(rest)):
                 raise CoterieError(f"{tensor.name}: the plan has no layer {layer}; plan for this model")
             edits.append(Edit(tensor.name))
             continue
@@ -174,10 +173,3 @@ def _edit(tensor: Tensor, rest: str, layer: int, new: Renumbering, num_experts: 
 
 def _in_attention(rest: str) -> bool:
     return any(part.endswith(("attn", "attention")) for part in rest.split("."))
-
-
-def used_groups(config: Mapping[str, Any], recorded: int) -> int:
-    """Groups that a router chooses from, as its config or the recording of it say; the larger number."""
-    groups = config.get("n_group") or 1
-    used = config.get("topk_method") != "greedy" and (config.get("topk_group") or groups) < groups
-    return max(recorded, int(groups) if used else 1)
