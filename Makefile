@@ -11,7 +11,7 @@ test: $(VENV)/installed  ## the whole test suite
 	$(BIN)/python -m pytest
 
 test-engines: $(VENV)/installed  ## released SGLang, vLLM and vllm-ascend load what is exported; downloads 105 MB
-	COTERIE_TEST_ENGINES=1 $(BIN)/python -m pytest tests/test_engines.py -rs
+	COTERIE_TEST_ENGINES=1 $(BIN)/python -m pytest tests/test_engines.py tests/test_checkpoint.py -rs
 
 lint: $(VENV)/installed
 	$(BIN)/ruff check .
@@ -32,6 +32,7 @@ benchmarks: $(VENV)/installed  ## measure again what benchmarks/results holds
 	$(BIN)/python -m benchmarks.streaming
 	$(BIN)/python -m benchmarks.routing_structure
 	$(BIN)/python -m benchmarks.planner
+	$(BIN)/python -m benchmarks.permuting
 
 $(VENV)/installed: pyproject.toml requirements.lock
 	$(PYTHON) -c 'import sys; sys.exit(f"Python 3.11 or newer is needed, this is {sys.version.split()[0]}; set PYTHON=..." if sys.version_info < (3, 11) else 0)'
