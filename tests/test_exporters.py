@@ -261,3 +261,38 @@ def test_files_keep_to_strict_schemas(placement, num_mtp):
     check_tensorrt_llm(text, ranks, layers, spec.num_experts)
     text = vllm_ascend.export(placement, Path("/x.json"), HiddenLayers(total)).content
     check_vllm_ascend(text, ranks, spec.num_layers, spec.num_experts)
+
+
+class Trap:
+    """Leaves a file behind if it is ever unpickled."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return Path.touch, (self.path,)
+
+
+@pytest.mark.parametrize("name", ["trap.pt", "trap.npy", "cut.pt", "cut.npy", "cut.safetensors", "nan.npy"])
+def test_pickles_are_never_executed_and_cut_files_refused(tmp_path, name):
+    import torch
+
+    path, slots = tmp_path / name, some_map().physical_to_logical_map
+    if name == "trap.pt":
+        torch.save({"phy2log": Trap(tmp_path / "executed")}, path)
+    elif name == "trap.npy":
+        np.save(path, np.array([Trap(tmp_path / "executed")], dtype=object), allow_pickle=True)
+    elif name == "nan.npy":
+        np.save(path, np.full((2, 12), np.nan))
+    else:
+        if name == "cut.pt":
+            torch.save({"phy2log": torch.from_numpy(slots)}, path)
+        elif name == "cut.npy":
+            np.save(path, slots)
+        else:
+            write_export(eplb.ENGINE, some_map(), path, HiddenLayers())
+        path.write_bytes(path.read_bytes()[:-20])
+    message = "whole numbers" if name == "nan.npy" else "cannot be read as a tensor"
+    with pytest.raises(CoterieError, match=message):
+        read_any_map(path, some_map().model, 4)
+    assert not (tmp_path / "executed").exists()
