@@ -89,6 +89,7 @@ class Known:
             hidden_size=self.hidden_size or 0,
             expert_size=self.expert_size or 0,
             dtype=self.dtype or "bfloat16",
+            num_hidden_layers=self.num_hidden_layers or 0,
         )
 
     def require_top_k(self, source: str) -> int:
