@@ -217,10 +217,9 @@ class _Dispatch(torch.autograd.Function):
         packed = torch.cat([_as_bytes(weights), _as_bytes(index.codes)], dim=1)
         arrived, packed = _exchange((rows, packed), (index.sizes.rows, index.sizes.pairs), hop, meter)
         width = weights.element_size()
-        weight, codes = packed[:, :width].contiguous(), packed[:, width:].contiguous()
-        codes = codes.view(index.codes.dtype).flatten()
+        weight, codes = _from_bytes(packed[:, :width], weights.dtype), _from_bytes(packed[:, width:], index.codes.dtype)
         ctx.mark_non_differentiable(codes)
-        return arrived, weight.view(weights.dtype).flatten(), codes
+        return arrived, weight, codes
 
     @staticmethod
     def backward(
@@ -243,6 +242,10 @@ class _Combine(torch.autograd.Function):
 
 def _as_bytes(values: torch.Tensor) -> torch.Tensor:
     return values.unsqueeze(1).contiguous().view(torch.uint8)
+
+
+def _from_bytes(columns: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    return columns.clone(memory_format=torch.contiguous_format).view(dtype).flatten()
 
 
 def _exchange(
