@@ -14,9 +14,9 @@ from torch.distributed.device_mesh import init_device_mesh
 from placement.cost import evaluate
 from placement.placement_map import PlacementMap
 from placement.runtime.exchange import Pairs, index_hop, make_route, plan_sizes
-from placement.runtime.experts import IMPLEMENTATIONS, Options, build_implementations, installed
+from placement.runtime.experts import IMPLEMENTATIONS, Options, build_implementations, check_fit, installed
 from placement.runtime.launch import run_on_ranks
-from placement.runtime.meter import PHASES, Meter
+from placement.runtime.meter import Meter
 from placement.runtime.reference import expected_traffic
 from placement.runtime.sharding import local_experts
 from placement.runtime.slots import SlotChoice
@@ -299,3 +299,73 @@ def test_odd_inputs_and_gradients_equal_a_dense_loop(odd, case):
         found = {name: value for name, value in result["found"].items() if name.startswith(f"{case},")}
         assert len(found) == len(MAPS) * len(MODES) * 5
         assert all(value <= tolerance for value in found.values()), found
+
+
+# 3 of the 4 splits of tokens over picks that the walk and the index have to agree on, on every rank.
+def slots_of_rank(rank, case):
+    """Ordinary picks, all on one rank, none at all on other ranks, and some that go nowhere."""
+    rng = np.random.default_rng((case, rank))
+    if case == 0:
+        return np.stack([rng.permutation(NUM_EXPERTS)[:3] for _ in range(20)])
+    if case == 1:
+        return np.tile([1, 0, 1], (5, 1))
+    if case == 2:
+        return np.empty((0, 3), dtype=np.int64) if rank else np.array([[0, 7, 3]])
+    return rng.integers(-2, NUM_EXPERTS, (30, 3))
+
+
+def index_and_walk(rank, _device, _arguments):
+    num_ranks = dist.get_world_size()
+    per_rank = NUM_EXPERTS // num_ranks
+    route = make_route(dist.group.WORLD, num_ranks, hierarchical=False, wire_dtype=None, meter=Meter())
+    route = route.with_slots(per_rank)
+    for case in range(4):
+        slots_TK = torch.from_numpy(slots_of_rank(rank, case))
+        token = torch.arange(len(slots_TK)).repeat_interleave(3)
+        [sizes] = plan_sizes(slots_TK, route)
+        index = index_hop(Pairs(token, slots_TK.flatten(), torch.ones(slots_TK.numel())), route.hops[0], sizes)
+        traffic = expected_traffic(slots_TK.tolist(), per_rank, num_ranks)
+        assert index.row_sent.tolist() == [row for rows in traffic.rows_to for row in rows]
+        assert sizes.rows.to == [len(rows) for rows in traffic.rows_to]
+        assert sizes.pairs.to == [len(pairs) for pairs in traffic.pairs_to]
+        pairs = [pair for of_rank in traffic.pairs_to for pair in of_rank]
+        assert (index.codes >> 1).tolist() == [local for _, local in pairs]
+        assert token[index.pair_sent].tolist() == [row for row, _ in pairs]
+        starts = [[0 < at and part[at][0] == part[at - 1][0] for at in range(len(part))] for part in traffic.pairs_to]
+        assert (index.codes & 1).tolist() == [int(not same) for part in starts for same in part]
+        for source, (rows, pairs) in enumerate(zip(sizes.rows.received, sizes.pairs.received, strict=True)):
+            theirs = expected_traffic(slots_of_rank(source, case).tolist(), per_rank, num_ranks)
+            assert (rows, pairs) == (len(theirs.rows_to[rank]), len(theirs.pairs_to[rank]))
+    return {}
+
+
+@pytest.mark.parametrize("num_ranks", SIZES)
+def test_the_index_is_the_walks(num_ranks):
+    run_on_ranks(index_and_walk, num_ranks, {})
+
+
+@pytest.mark.parametrize("family", NOT_SERVED)
+def test_other_families_are_refused_in_one_line(family):
+    experts = find_moe_layers(tiny_model(family))[0].experts
+    with pytest.raises(CoterieError, match="the runtime moves experts packed in weights"):
+        local_experts(experts, [5, 2])
+
+
+@pytest.mark.parametrize("family", sorted(set(CONFIGS) - set(NOT_SERVED)))
+def test_local_experts_leave_the_original_alone(family):
+    experts = find_moe_layers(tiny_model(family))[0].experts
+    before = {name: parameter.clone() for name, parameter in experts.named_parameters()}
+    local = local_experts(experts, [5, 2])
+    assert local.num_experts == 2
+    assert experts.num_experts >= 8
+    for name, parameter in experts.named_parameters():
+        assert torch.equal(parameter, before[name])
+        assert torch.equal(dict(local.named_parameters())[name], parameter[[5, 2]])
+
+
+def test_maps_that_do_not_fit_are_refused():
+    _, spec = bare_experts(32, torch.float32)
+    placement = permutation_map(spec, 2, 0)
+    for num_layers, num_ranks, message in ((1, 4, "for 2 ranks, this run has 4"), (2, 2, "has 1 MoE layers, the model 2")):
+        with pytest.raises(CoterieError, match=message):
+            check_fit(placement, num_layers, num_ranks)
