@@ -56,7 +56,8 @@ def first_load(source: int, num_ranks: int) -> npt.NDArray[np.float64]:
 
     So that sources with few tokens do not all lean to the first ranks, ties go round from the source itself.
     """
-    return ((np.arange(num_ranks) - source) % num_ranks) * 2.0**-20
+    load: npt.NDArray[np.float64] = ((np.arange(num_ranks) - source) % num_ranks).astype(np.float64) * 2.0**-20
+    return load
 
 
 @numba.njit(cache=True, nogil=True)

@@ -1,9 +1,5 @@
 """Models that transformers itself loads expert-parallel, against one process: permutations, copies, shared batches, FSDP."""
 
-import json
-from pathlib import Path
-
-import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
@@ -16,8 +12,7 @@ from placement.runtime.engine import register
 from placement.runtime.experts import Options
 from placement.runtime.launch import run_on_ranks
 from placement.runtime.meter import Meter
-from profiler import CoterieError
-from profiler.families import find_moe_layers, read_spec
+from profiler.families import read_spec
 
 FAMILIES = ("olmoe", "gpt_oss", "mixtral")
 MAPS = {"permutation": permutation_map, "copies": copies_map}
@@ -89,11 +84,11 @@ def compare(rank, _device, arguments):
 def folder(tmp_path_factory):
     path = tmp_path_factory.mktemp("models")
     for family in FAMILIES:
-        tiny_model(family).save_pretrained(path / family)
+        tiny_model(family, num_key_value_heads=4).save_pretrained(path / family)
     return path
 
 
-@pytest.mark.parametrize("num_ranks", (2, 4))
+@pytest.mark.parametrize("num_ranks", [2, 4])
 def test_models_equal_one_process(folder, num_ranks, monkeypatch):
     monkeypatch.setenv("LOCAL_RANK", "0")
     for result in run_on_ranks(compare, num_ranks, {"folder": str(folder)}):
@@ -101,3 +96,27 @@ def test_models_equal_one_process(folder, num_ranks, monkeypatch):
         assert len(found) > 100
         wrong = [f"{name} {value:.1e}" for name, value in found.items() if not value < 1e-4]
         assert not wrong, "\n".join(wrong)
+
+
+def wrong_map(_rank, _device, arguments):
+    """A map for other layers, for other ranks, and for another model: what each is told."""
+    said = []
+    spec = read_spec(tiny_model("olmoe", num_key_value_heads=4), "tiny")
+    sizes = {"tp_size": 2, "ep_size": 2}
+    for change, ranks in (({"layer_ids": (0,)}, 2), ({}, 4), ({"hidden_size": 48}, 2)):
+        register(permutation_map(replace(spec, **change), ranks, seed=1))
+        try:
+            model = load(f"{arguments['folder']}/olmoe", **sizes)
+            model(input_ids=torch.tensor([[5, 6]]))
+        except CoterieError as error:
+            said.append(str(error))
+    return {"said": said}
+
+
+def test_maps_that_do_not_fit_are_refused(folder, monkeypatch):
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    for result in run_on_ranks(wrong_map, 2, {"folder": str(folder)}):
+        layers, ranks, sizes = result["said"]
+        assert "the map has 1 MoE layers, the model" in layers
+        assert "the map is for 4 ranks, this run has 2" in ranks
+        assert "the map is for (experts, hidden size, expert size) (8, 48, 16), this model has (8, 32, 16)" in sizes

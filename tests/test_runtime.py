@@ -7,14 +7,15 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-from conftest import make_trace, random_ids, tiny_model
+from conftest import make_trace, tiny_model
 from tiny_models import CONFIGS
 from torch.distributed.device_mesh import init_device_mesh
 
 from placement.cost import evaluate
 from placement.placement_map import PlacementMap
+from placement.runtime.agreement import require_fit
 from placement.runtime.exchange import Pairs, index_hop, make_route, plan_sizes
-from placement.runtime.experts import IMPLEMENTATIONS, Options, build_implementations, check_fit, installed
+from placement.runtime.experts import IMPLEMENTATIONS, Options, build_implementations, installed
 from placement.runtime.launch import run_on_ranks
 from placement.runtime.meter import Meter
 from placement.runtime.reference import expected_traffic
@@ -136,7 +137,7 @@ def test_fan_out_ingress_and_load_are_the_evaluators(models, family, map_name):
         assert served[:, 0].sum() == round(metrics.fan_out.sum() * tokens)
 
 
-@pytest.mark.parametrize("family", ("olmoe", "gpt_oss"))
+@pytest.mark.parametrize("family", ["olmoe", "gpt_oss"])
 def test_bytes_are_those_of_the_walk(models, family):
     """Rows there and back once, 6 bytes a pair there; hierarchical: once a node over the network, then once a rank."""
     num_ranks = len(models)
@@ -193,20 +194,20 @@ def batch_of(rank, hidden_size, num_tokens, top_k, dtype, seed=0):
 
 # name: (hidden size, top-k, dtype, tokens of a rank, what becomes of the batch)
 ODD = {
-    "top-1": (32, 1, torch.float32, lambda rank: 6, None),
-    "odd hidden size": (33, 2, torch.float32, lambda rank: 6, None),
-    "one value": (1, 2, torch.float32, lambda rank: 6, None),
-    "no tokens on rank 1": (32, 2, torch.float32, lambda rank: 5 * (rank != 1), None),
-    "tokens on rank 1 only": (32, 2, torch.float32, lambda rank: 5 * (rank == 1), None),
-    "no tokens": (32, 2, torch.float32, lambda rank: 0, None),
-    "one expert takes all": (32, 1, torch.float32, lambda rank: 9, "one expert"),
-    "not contiguous": (32, 2, torch.float32, lambda rank: 7, "strided"),
-    "no expert": (32, 2, torch.float32, lambda rank: 7, "no expert"),
-    "float64": (32, 2, torch.float64, lambda rank: 7, None),
-    "bfloat16": (32, 4, torch.bfloat16, lambda rank: 7, None),
-    "float16": (32, 4, torch.float16, lambda rank: 7, None),
-    "32-bit weights of 16-bit states": (32, 4, torch.bfloat16, lambda rank: 7, "exact weights"),
-    "every expert": (32, 8, torch.float32, lambda rank: 7, None),
+    "top-1": (32, 1, torch.float32, 6, None),
+    "odd hidden size": (33, 2, torch.float32, 6, None),
+    "one value": (1, 2, torch.float32, 6, None),
+    "no tokens on rank 1": (32, 2, torch.float32, "not on rank 1", None),
+    "tokens on rank 1 only": (32, 2, torch.float32, "on rank 1 only", None),
+    "no tokens": (32, 2, torch.float32, 0, None),
+    "one expert takes all": (32, 1, torch.float32, 9, "one expert"),
+    "not contiguous": (32, 2, torch.float32, 7, "strided"),
+    "no expert": (32, 2, torch.float32, 7, "no expert"),
+    "float64": (32, 2, torch.float64, 7, None),
+    "bfloat16": (32, 4, torch.bfloat16, 7, None),
+    "float16": (32, 4, torch.float16, 7, None),
+    "32-bit weights of 16-bit states": (32, 4, torch.bfloat16, 7, "exact weights"),
+    "every expert": (32, 8, torch.float32, 7, None),
 }
 TOLERANCE = {torch.bfloat16: 2e-2, torch.float16: 3e-3}
 
@@ -215,7 +216,8 @@ def odd_batches(case, num_ranks):
     hidden_size, top_k, dtype, num_tokens, change = ODD[case]
     batches = []
     for rank in range(num_ranks):
-        hidden, ids, weights = batch_of(rank, hidden_size, num_tokens(rank), top_k, dtype)
+        count = {"not on rank 1": 5 * (rank != 1), "on rank 1 only": 5 * (rank == 1)}.get(num_tokens, num_tokens)
+        hidden, ids, weights = batch_of(rank, hidden_size, count, top_k, dtype)
         if change == "one expert":
             ids = torch.full_like(ids, 5)
         elif change == "strided":
@@ -301,7 +303,6 @@ def test_odd_inputs_and_gradients_equal_a_dense_loop(odd, case):
         assert all(value <= tolerance for value in found.values()), found
 
 
-# 3 of the 4 splits of tokens over picks that the walk and the index have to agree on, on every rank.
 def slots_of_rank(rank, case):
     """Ordinary picks, all on one rank, none at all on other ranks, and some that go nowhere."""
     rng = np.random.default_rng((case, rank))
@@ -331,7 +332,7 @@ def index_and_walk(rank, _device, _arguments):
         pairs = [pair for of_rank in traffic.pairs_to for pair in of_rank]
         assert (index.codes >> 1).tolist() == [local for _, local in pairs]
         assert token[index.pair_sent].tolist() == [row for row, _ in pairs]
-        starts = [[0 < at and part[at][0] == part[at - 1][0] for at in range(len(part))] for part in traffic.pairs_to]
+        starts = [[at > 0 and part[at][0] == part[at - 1][0] for at in range(len(part))] for part in traffic.pairs_to]
         assert (index.codes & 1).tolist() == [int(not same) for part in starts for same in part]
         for source, (rows, pairs) in enumerate(zip(sizes.rows.received, sizes.pairs.received, strict=True)):
             theirs = expected_traffic(slots_of_rank(source, case).tolist(), per_rank, num_ranks)
@@ -366,6 +367,72 @@ def test_local_experts_leave_the_original_alone(family):
 def test_maps_that_do_not_fit_are_refused():
     _, spec = bare_experts(32, torch.float32)
     placement = permutation_map(spec, 2, 0)
-    for num_layers, num_ranks, message in ((1, 4, "for 2 ranks, this run has 4"), (2, 2, "has 1 MoE layers, the model 2")):
+    for num_layers, num_ranks, message in (
+        (1, 4, "for 2 ranks, this run has 4"),
+        (2, 2, "has 1 MoE layers, the model 2"),
+    ):
         with pytest.raises(CoterieError, match=message):
-            check_fit(placement, num_layers, num_ranks)
+            require_fit(placement, num_layers, num_ranks)
+
+
+def other_map_on_rank_one(rank, _device, _arguments):
+    layer, spec = bare_experts(32, torch.float32)
+    built([layer], permutation_map(spec, 2, seed=rank), Meter())
+    return {}
+
+
+def test_a_map_that_differs_between_ranks_is_refused():
+    message = "rank 1 has the placement map [0-9a-f]{8}, rank 0 has [0-9a-f]{8}; give all"
+    with pytest.raises(CoterieError, match=message):
+        run_on_ranks(other_map_on_rank_one, 2, {})
+
+
+def wire_in_16_bits(rank, _device, _arguments):
+    layer, spec = bare_experts(32, torch.float32)
+    hidden, ids, weights = batch_of(rank, 32, 40, 2, torch.float32)
+    found = {}
+    for name, dtype in (("exact", None), ("bfloat16", torch.bfloat16)):
+        meter = Meter()
+        [implementation] = built([layer], permutation_map(spec, 2, seed=1), meter, options=Options(wire_dtype=dtype))
+        with torch.no_grad():
+            out = implementation(hidden, ids, weights)
+        difference = float((out - layer.experts(hidden, ids, weights)).abs().max().detach())
+        found[name] = {"difference": difference / float(out.abs().max()), "bytes": meter.bytes_sent}
+    return found
+
+
+def test_bfloat16_on_the_wire_halves_the_rows():
+    for result in run_on_ranks(wire_in_16_bits, 2, {}):
+        assert result["exact"]["difference"] < 1e-5
+        assert 1e-5 < result["bfloat16"]["difference"] < 2e-2
+        assert result["bfloat16"]["bytes"] < 0.6 * result["exact"]["bytes"]
+
+
+def train_copies(rank, _device, _arguments):
+    """Three steps of plain descent: copies stay equal to the last bit, and equal to the single process's expert."""
+    num_ranks = dist.get_world_size()
+    layer, spec = bare_experts(32, torch.float32)
+    reference = copy.deepcopy(layer.experts)
+    placement = PlacementMap(spec, Topology(1, num_ranks, 8), np.tile(np.arange(8), num_ranks)[None], {"name": "all"})
+    [implementation] = built([layer], placement, Meter())
+    for step in range(3):
+        batches = [batch_of(source, 32, 9, 2, torch.float32, seed=step) for source in range(num_ranks)]
+        for module, run, part in (
+            (reference, reference, batches),
+            (implementation.experts, implementation, batches[rank : rank + 1]),
+        ):
+            module.zero_grad()
+            sum(run(*batch).square().sum() for batch in part).backward()
+            with torch.no_grad():
+                for parameter in module.parameters():
+                    parameter -= 0.1 * parameter.grad
+    weights = {name: value.detach() for name, value in implementation.experts.named_parameters()}
+    differences = [float((weights[name] - value).detach().abs().max()) for name, value in reference.named_parameters()]
+    return {"difference": max(differences), "bits": [value.double().sum().item().hex() for value in weights.values()]}
+
+
+@pytest.mark.parametrize("num_ranks", SIZES)
+def test_copies_stay_alike_in_training(num_ranks):
+    results = run_on_ranks(train_copies, num_ranks, {})
+    assert all(result["difference"] < 1e-5 for result in results)
+    assert len({tuple(result["bits"]) for result in results}) == 1

@@ -5,17 +5,17 @@
         folder, distributed_config=DistributedConfig(tp_size=4, ep_size=4, ep_implementation="coterie")
     )
 
-transformers owns experts contiguously and fills its tensors with those of the checkpoint.  Before the first forward pass
-the ranks exchange experts once.  Where the map only permutes them, they change places in transformers' own tensors.  Maps
-with copies or empty slots have other sizes, so the slots get tensors of their own: made once for inference, and in every
-forward pass with gradients, where the gradients of all copies sum up in transformers' tensors, for its optimizer to see.
+transformers owns experts contiguously and fills its tensors with those of the checkpoint.  In the first forward pass
+the ranks exchange experts once.  Where the map only permutes them, they change places in transformers' own tensors.
+Maps with copies or empty slots have other sizes, so the slots get tensors of their own: made once for inference, and in
+every forward pass with gradients, where those of all copies sum up in transformers' tensors, for its optimizer to see.
 """
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -26,8 +26,9 @@ from torch.distributed.tensor import DTensor
 from transformers.distributed.expert_parallel import EPImplementationInterface
 
 from placement.placement_map import PlacementMap
+from placement.runtime.agreement import require_fit, require_same_map
 from placement.runtime.exchange import Route
-from placement.runtime.experts import CoterieEP, Groups, Options, check_fit
+from placement.runtime.experts import CoterieEP, Groups, Options
 from placement.runtime.meter import Meter
 from placement.runtime.sharding import Resharding
 from placement.runtime.slots import SlotChoice
@@ -72,7 +73,7 @@ class Engine:
         if len(self.layers) == self.placement.model.num_layers:
             self.layers = []  # the next model
         model, num_ranks = self.placement.model, ep_mesh.size()
-        check_fit(self.placement, model.num_layers, num_ranks)
+        require_fit(self.placement, model.num_layers, num_ranks)
         shape = packed_shape(experts)
         expected = (model.num_experts, model.hidden_size or shape[1], model.expert_size or shape[2])
         if shape != expected:
@@ -148,10 +149,10 @@ class PlacedExperts(CoterieEP):
 
     @torch.no_grad()
     def _exchange_in_place(self, plan: Resharding) -> None:
-        """Overwrite transformers' tensors, which FSDP may have sharded once more over the ranks with the same experts."""
-        is_fsdp = isinstance(self.experts, FSDPModule)
-        if is_fsdp:
-            self.experts.reshard()  # its full tensors are made anew for each pass, and may have less precision
+        """Overwrite transformers' tensors, which FSDP may have sharded once more over ranks with the same experts."""
+        fsdp: Any = self.experts if isinstance(self.experts, FSDPModule) else None
+        if fsdp is not None:
+            fsdp.reshard()  # its full tensors are made anew for each pass, and may have less precision
         for weight in self.experts._parameters.values():
             if weight is None:
                 continue
@@ -168,27 +169,8 @@ class PlacedExperts(CoterieEP):
             dist.all_gather_into_tensor(gathered, padded, group=same_experts.get_group())
             placed = plan(gathered[: self.num_local_experts])
             part.copy_(placed[at * rows :][: len(part)])
-        if is_fsdp:
-            self.experts.unshard()
-
-
-def require_same_map(placement: PlacementMap, group: dist.ProcessGroup, device: torch.device | str = "cpu") -> None:
-    """Check that all ranks were given the same map; they call it together.
-
-    Raises:
-        CoterieError: one was given another; on every rank.
-    """
-    topology = (placement.topology.num_nodes, placement.topology.ranks_per_node, placement.topology.slots_per_rank)
-    digest = hashlib.sha256(repr(topology).encode() + placement.physical_to_logical_map.tobytes()).digest()
-    mine = torch.frombuffer(bytearray(digest), dtype=torch.uint8).to(device)
-    all_of_them = mine.new_empty((dist.get_world_size(group), len(mine)))
-    dist.all_gather_into_tensor(all_of_them.view(-1), mine, group=group)
-    digests = [bytes(row.tolist()).hex()[:8] for row in all_of_them.cpu()]
-    for rank, other in enumerate(digests):
-        if other != digests[0]:
-            raise CoterieError(
-                f"rank {rank} has the placement map {other}, rank 0 has {digests[0]}; give all ranks the same file"
-            )
+        if fsdp is not None:
+            fsdp.unshard()
 
 
 def _local(experts: nn.Module) -> dict[str, torch.Tensor]:

@@ -1,8 +1,8 @@
 """Dispatch and combine that send each token once to every rank, or node, that serves it. Knows no experts and no map.
 
-A row is one copy of a token on its way to one member of a group; a pair is one (token, slot) of it.  A route has one hop,
-straight to the ranks, or two: over the network to the destination nodes first, then inside each node.  One `Index` is
-built for each layer call and read in both directions.  What travels on each hop:
+A row is one copy of a token on its way to one member of a group; a pair is one (token, slot) of it.  A route has one
+hop, straight to the ranks, or two: over the network to the destination nodes first, then inside each node.  One index a
+hop is built for each layer call and read in both directions.  What travels on each hop:
 
     dispatch    rows     hidden state of each token, once per destination
                 pairs    slot at the destination and whether a new row starts, 2 bytes; the routing weight as it is

@@ -15,6 +15,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard
 from transformers.distributed.expert_parallel import AllToAllEP, EPImplementation
 
 from placement.placement_map import PlacementMap
+from placement.runtime.agreement import require_fit, require_same_map
 from placement.runtime.exchange import Pairs, Route, combine, dispatch, index_hop, make_route, plan_sizes
 from placement.runtime.grouped import run_experts
 from placement.runtime.meter import Meter
@@ -114,7 +115,7 @@ class CoterieEP(EPImplementation):  # type: ignore[misc]
         out = self._run(hidden_states, top_k_index, top_k_weights)
         if self.tp_mesh.size() == 1:
             return out
-        shape = (num_tokens, out.shape[1])
+        shape = torch.Size((num_tokens, out.shape[1]))
         sliced = DTensor.from_local(out.contiguous(), self.tp_mesh, [Shard(0)], shape=shape, stride=(shape[1], 1))
         return sliced.full_tensor()
 
@@ -205,7 +206,7 @@ IMPLEMENTATIONS: dict[str, MakeEP] = {"HF all_to_all": MeteredAllToAllEP, "coter
 
 
 class HasExperts(Protocol):
-    """What `build_implementations` reads of a layer; `profiler.families.MoELayer` fits, and so does a bare module's holder."""
+    """What `build_implementations` reads of a layer: a `MoELayer`, or any holder of a bare experts module."""
 
     @property
     def experts(self) -> nn.Module:
@@ -227,9 +228,10 @@ def build_implementations(
         layers: of a model that is whole on every rank, as `find_moe_layers` gives them, or of bare experts modules.
 
     Raises:
-        CoterieError: the map has other layers or ranks, or a family keeps its experts in a way that cannot be cut.
+        CoterieError: the map has other layers or ranks, another rank has another map, or a family keeps its experts in a way that cannot be cut.
     """
-    check_fit(placement, len(layers), ep_mesh.size())
+    require_fit(placement, len(layers), ep_mesh.size())
+    require_same_map(placement, ep_mesh.get_group(), next(layers[0].experts.parameters()).device)
     groups = Groups(options or Options(), meter)
     rank = ep_mesh.get_local_rank()
     implementations = []
@@ -239,21 +241,6 @@ def build_implementations(
         route = groups.route(ep_mesh.get_group(), placement, slots.slots_per_rank)
         implementations.append(make_ep(local, ep_mesh, tp_mesh, slots, route))
     return implementations
-
-
-def check_fit(placement: PlacementMap, num_layers: int, num_ranks: int) -> None:
-    """Check that a map is for so many layers and ranks.
-
-    Raises:
-        CoterieError: it is for others.
-    """
-    if placement.topology.num_ranks != num_ranks:
-        planned = placement.topology.num_ranks
-        raise CoterieError(f"the map is for {planned} ranks, this run has {num_ranks}; start {planned} or plan again")
-    if placement.model.num_layers != num_layers:
-        raise CoterieError(
-            f"the map has {placement.model.num_layers} MoE layers, the model {num_layers}; plan for this model"
-        )
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""The experts of one rank on rows that arrived: one gather, one matrix product a projection for all experts together."""
+"""The experts of one rank on rows that arrived: one gather, one grouped matrix product a projection."""
 
 from __future__ import annotations
 

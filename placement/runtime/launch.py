@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
+from torch._C._distributed_c10d import FileStore
 from torch.multiprocessing.spawn import ProcessExitedException, ProcessRaisedException, start_processes
 
-from placement.runtime.membership import RankLost, describe, member_of, own_device
+from placement.runtime.membership import RankLostError, describe, member_of, own_device
 from profiler.errors import CoterieError
 
 Worker = Callable[[int, torch.device, dict[str, Any]], dict[str, Any]]
@@ -98,11 +98,11 @@ def _run_rank(
         if before_joining is not None:
             before_joining(rank)
         device = own_device(rank, num_ranks)
-        store = dist.FileStore(f"{folder}/rendezvous", num_ranks)
+        store = FileStore(f"{folder}/rendezvous", num_ranks)
         with member_of(store, rank, num_ranks, device, end):
             result = worker(rank, device, arguments)
             (Path(folder) / f"{rank}.json").write_text(json.dumps(result))
-    except RankLost as error:
+    except RankLostError as error:
         end(str(error))
     except Exception as error:
         reason = str(error) if isinstance(error, CoterieError) else describe(error)

@@ -1,8 +1,8 @@
 """Joining a group of ranks, and leaving it together: a rank that fails, dies or cannot be reached ends all of them.
 
-A collective of torch.distributed waits for minutes or hours for a rank that is gone.  Here each rank gives a sign of life
-to the group's store once a second and looks for those of the others, so that everyone ends within 30 seconds, with one
-line that says which rank and why.  Knows nothing of models or maps.
+A collective of torch.distributed waits for minutes or hours for a rank that is gone.  Here each rank gives a sign of
+life to the group's store once a second and looks for those of the others, so that everyone ends within 30 seconds, with
+one line that says which rank and why.  Knows nothing of models or maps.
 """
 
 from __future__ import annotations
@@ -14,9 +14,11 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch._C._distributed_c10d import PrefixStore, Store, TCPStore
 
 from profiler.errors import CoterieError
 
@@ -33,21 +35,23 @@ _LOST = ("Connection closed", "Connection reset", "Broken pipe", "Timed out", "t
 """Words in the errors of collectives that another rank's end breaks."""
 
 
-class RankLost(CoterieError):
+class RankLostError(CoterieError):
     """A rank that did not come, failed or went; the message names it."""
 
 
 class Membership:
     """One rank's part in a group: signs of life, and what became of the others."""
 
-    def __init__(self, store: dist.Store, rank: int, num_ranks: int, on_loss: Callable[[str], None]) -> None:
+    def __init__(self, store: Store, rank: int, num_ranks: int, on_loss: Callable[[str], None]) -> None:
         """Take part; `on_loss` is called on a thread with one line when another rank is lost."""
-        self.store, self.rank, self.num_ranks = dist.PrefixStore("coterie", store), rank, num_ranks
+        self.store, self.rank, self.num_ranks = PrefixStore("coterie", store), rank, num_ranks
         self._on_loss = on_loss
         self._own = threading.Lock()  # held by whoever reports
         self._stopped = threading.Event()
         self._parent = os.getppid()
-        self._thread = threading.Thread(target=self._watch, args=(dist.PrefixStore("coterie", store.clone()),), daemon=True)
+        of_its_own: Any = store  # a store serves one thread at a time; its stub knows no clone
+        watched = PrefixStore("coterie", of_its_own.clone())
+        self._thread = threading.Thread(target=self._watch, args=(watched,), daemon=True)
 
     def await_all(self, word: str, seconds: float) -> None:
         """Post a word and wait until every rank has.
@@ -66,7 +70,7 @@ class Membership:
                 time.sleep(0.02)
         except RuntimeError:  # the rank that keeps the store waited no longer
             pass
-        raise RankLost(
+        raise RankLostError(
             f"{_ranks(missing, self.num_ranks)} did not join within {seconds:g} s; "
             "look at what it printed, and whether it was started and can reach the first rank's host"
         )
@@ -75,7 +79,7 @@ class Membership:
         """Begin to give signs of life and to look for those of the others."""
         self._thread.start()
 
-    def explain(self, error: BaseException) -> RankLost | None:
+    def explain(self, error: BaseException) -> RankLostError | None:
         """Tell the others of a failure here; if another rank's end was its cause, who that was and why."""
         lost = isinstance(error, RuntimeError) and any(word in str(error) for word in _LOST)
         if lost:
@@ -93,7 +97,7 @@ class Membership:
         except RuntimeError:  # the store went with the rank that kept it
             pass
         if lost:
-            return RankLost(f"rank {self.rank} of {self.num_ranks} lost another rank: {describe(error)}")
+            return RankLostError(f"rank {self.rank} of {self.num_ranks} lost another rank: {describe(error)}")
         return None
 
     def leave(self) -> None:
@@ -105,7 +109,7 @@ class Membership:
         if self.rank == 0:
             time.sleep(0.2)  # the others look a last time at the store, which this process may keep
 
-    def _watch(self, store: dist.Store) -> None:
+    def _watch(self, store: Store) -> None:
         beats: dict[int, bytes] = {}
         heard = dict.fromkeys(range(self.num_ranks), time.monotonic())
         beat = 0
@@ -113,7 +117,9 @@ class Membership:
             try:
                 loss = self._look(store, beat, beats, heard)
             except RuntimeError as error:
-                loss = f"rank {self.rank} of {self.num_ranks} cannot reach the group's store any more: {describe(error)}"
+                loss = (
+                    f"rank {self.rank} of {self.num_ranks} cannot reach the group's store any more: {describe(error)}"
+                )
             if os.getppid() != self._parent:
                 loss = f"rank {self.rank} of {self.num_ranks}: the process that started it is gone"
             if loss and self._own.acquire(blocking=False):
@@ -124,7 +130,7 @@ class Membership:
             beat += 1
             self._stopped.wait(0.5 if beat < 20 else 1.0)
 
-    def _look(self, store: dist.Store, beat: int, beats: dict[int, bytes], heard: dict[int, float]) -> str | None:
+    def _look(self, store: Store, beat: int, beats: dict[int, bytes], heard: dict[int, float]) -> str | None:
         store.set(f"alive/{self.rank}", str(beat))
         now = time.monotonic()
         if store.add("failures", 0):
@@ -157,12 +163,12 @@ def _ranks(ranks: list[int], num_ranks: int) -> str:
 
 @contextmanager
 def member_of(
-    store: dist.Store, rank: int, num_ranks: int, device: torch.device, on_loss: Callable[[str], None]
+    store: Store, rank: int, num_ranks: int, device: torch.device, on_loss: Callable[[str], None]
 ) -> Iterator[None]:
     """Be one rank of a process group while inside.
 
     Raises:
-        RankLost: a rank does not join or cannot be reached, or another rank's end broke this one's work.
+        RankLostError: a rank does not join or cannot be reached, or another rank's end broke this one's work.
     """
     membership = Membership(store, rank, num_ranks, on_loss)
     membership.await_all("joined", JOIN_SECONDS)
@@ -172,10 +178,10 @@ def member_of(
         try:
             seconds = timedelta(seconds=JOIN_SECONDS)
             dist.init_process_group(
-                backend, store=dist.PrefixStore("group", store), rank=rank, world_size=num_ranks, timeout=seconds
+                backend, store=PrefixStore("group", store), rank=rank, world_size=num_ranks, timeout=seconds
             )
         except (RuntimeError, ValueError) as error:
-            raise RankLost(
+            raise RankLostError(
                 f"rank {rank} of {num_ranks} cannot connect to the others over {backend} ({describe(error)}); "
                 "check the firewall, and the interface in GLOO_SOCKET_IFNAME or NCCL_SOCKET_IFNAME"
             ) from error
@@ -210,7 +216,7 @@ def joined() -> Iterator[torch.device]:
     try:
         with _joined_by_environment() as device:
             yield device
-    except RankLost as error:
+    except RankLostError as error:
         _print_line(str(error))
         os._exit(1)  # what a broken exchange left behind may wait for the lost rank for ever
     except CoterieError as error:
@@ -223,18 +229,16 @@ def _joined_by_environment() -> Iterator[torch.device]:
     names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
     missing = [name for name in names if name not in os.environ]
     if missing:
-        raise RankLost(f"{missing[0]} is not set; start with torchrun, as in docs/runtime.md")
+        raise RankLostError(f"{missing[0]} is not set; start with torchrun, as in docs/runtime.md")
     rank, num_ranks, local_rank, num_local, port = (
         int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_PORT")
     )
     host = os.environ["MASTER_ADDR"]
     keeps_store = rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
     try:
-        store = dist.TCPStore(
-            host, port, num_ranks, keeps_store, timedelta(seconds=JOIN_SECONDS), wait_for_workers=False
-        )
+        store = TCPStore(host, port, num_ranks, keeps_store, timedelta(seconds=JOIN_SECONDS), wait_for_workers=False)
     except (RuntimeError, ValueError) as error:
-        raise RankLost(
+        raise RankLostError(
             f"rank {rank} of {num_ranks} cannot reach {host}:{port} within {JOIN_SECONDS:g} s ({describe(error)}); "
             "check MASTER_ADDR, MASTER_PORT and the firewall"
         ) from error

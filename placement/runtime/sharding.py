@@ -82,7 +82,7 @@ class Resharding:
         self.num_held = len(held[rank])
 
     def __call__(self, weight: torch.Tensor) -> torch.Tensor:
-        """The wanted rows of a weight of which this rank holds some; gradients of all copies sum up where it is held."""
+        """The wanted rows of a weight of which each rank holds some; gradients of all copies sum up in those."""
         out: torch.Tensor = _Reshard.apply(weight, self)  # type: ignore[no-untyped-call]
         return out
 
