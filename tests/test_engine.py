@@ -1,5 +1,7 @@
 """Models that transformers itself loads expert-parallel, against one process: permutations, copies, shared batches, FSDP."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -12,6 +14,7 @@ from placement.runtime.engine import register
 from placement.runtime.experts import Options
 from placement.runtime.launch import run_on_ranks
 from placement.runtime.meter import Meter
+from profiler import CoterieError
 from profiler.families import read_spec
 
 FAMILIES = ("olmoe", "gpt_oss", "mixtral")

@@ -70,10 +70,11 @@ class Engine:
         Raises:
             CoterieError: the map is for other ranks or experts, or another rank has another map.
         """
-        if len(self.layers) == self.placement.model.num_layers:
-            self.layers = []  # the next model
+        config = getattr(experts, "config", None)  # which all layers of one model share
+        if self.layers and config is not getattr(self.layers[0].experts, "config", None):
+            self.layers = []
         model, num_ranks = self.placement.model, ep_mesh.size()
-        require_fit(self.placement, model.num_layers, num_ranks)
+        require_fit(self.placement, max(model.num_layers, len(self.layers) + 1), num_ranks)
         shape = packed_shape(experts)
         expected = (model.num_experts, model.hidden_size or shape[1], model.expert_size or shape[2])
         if shape != expected:

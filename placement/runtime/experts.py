@@ -228,7 +228,8 @@ def build_implementations(
         layers: of a model that is whole on every rank, as `find_moe_layers` gives them, or of bare experts modules.
 
     Raises:
-        CoterieError: the map has other layers or ranks, another rank has another map, or a family keeps its experts in a way that cannot be cut.
+        CoterieError: the map has other layers or ranks, another rank has another map, or a family keeps its experts in
+            a way that cannot be cut.
     """
     require_fit(placement, len(layers), ep_mesh.size())
     require_same_map(placement, ep_mesh.get_group(), next(layers[0].experts.parameters()).device)
