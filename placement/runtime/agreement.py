@@ -36,7 +36,7 @@ def require_same_map(placement: PlacementMap, group: dist.ProcessGroup, device: 
     digest = hashlib.sha256(repr(topology).encode() + placement.physical_to_logical_map.tobytes()).digest()
     mine = torch.frombuffer(bytearray(digest), dtype=torch.uint8).to(device)
     all_of_them = mine.new_empty((dist.get_world_size(group), len(mine)))
-    dist.all_gather_into_tensor(all_of_them.view(-1), mine, group=group)
+    dist.all_gather_single(all_of_them.view(-1), mine, group=group)
     digests = [bytes(row.tolist()).hex()[:8] for row in all_of_them.cpu()]
     for rank, other in enumerate(digests):
         if other != digests[0]:

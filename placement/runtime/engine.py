@@ -167,7 +167,7 @@ class PlacedExperts(CoterieEP):
             padded = part.new_zeros((rows, *part.shape[1:]))
             padded[: len(part)] = part
             gathered = part.new_empty((size * rows, *part.shape[1:]))
-            dist.all_gather_into_tensor(gathered, padded, group=same_experts.get_group())
+            dist.all_gather_single(gathered, padded, group=same_experts.get_group())
             placed = plan(gathered[: self.num_local_experts])
             part.copy_(placed[at * rows :][: len(part)])
         if fsdp is not None:

@@ -21,12 +21,14 @@ def require_packed(experts: nn.Module, num_experts: int) -> None:
     Raises:
         CoterieError: its experts cannot be told apart by the first dimension of its weights.
     """
-    parameters = dict(experts.named_parameters())
-    packed = parameters and all(name in experts._parameters for name in parameters)
+    packed = [parameter for parameter in experts._parameters.values() if parameter is not None]
+    # Modules that say how they are computed may share a norm among their experts.
+    elsewhere = any(next(child.parameters(), None) is not None for child in experts.children())
     if (
         not packed
+        or (elsewhere and not hasattr(experts, "has_gate"))
         or getattr(experts, "num_experts", None) is None
-        or any(len(parameter) != num_experts for parameter in parameters.values())
+        or any(len(parameter) != num_experts for parameter in packed)
         or _takes_no_selection(experts)
     ):
         raise CoterieError(
