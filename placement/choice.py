@@ -2,6 +2,8 @@
 
 Per token, as engines with a dispatch of their own can: ranks that the token visits anyway come first, then ranks that
 cover most of what is left, then ranks on nodes that it visits anyway; ties go to the rank that has served least so far.
+What was served so far is counted over what is chosen together: all tokens when planning, one rank's tokens of one layer
+call when running, where a rank knows of no others (`first_load`).
 Per source rank, as SGLang's static dispatch: a rank always sends an expert's tokens to the same copy, the nearest one.
 """
 
@@ -46,6 +48,40 @@ def nearest_ranks(ranks_EX: Int64s, topology: Topology) -> Int64s:
             if not len(near):
                 near = ranks
             out[source, expert] = near[(source + expert) % len(near)]
+    return out
+
+
+def first_load(source: int, num_ranks: int) -> npt.NDArray[np.float64]:
+    """The load that a source rank's choice starts from, float64 (R,): too little to count, enough to break ties.
+
+    So that sources with few tokens do not all lean to the first ranks, ties go round from the source itself.
+    """
+    load: npt.NDArray[np.float64] = ((np.arange(num_ranks) - source) % num_ranks).astype(np.float64) * 2.0**-20
+    return load
+
+
+@numba.njit(cache=True, nogil=True)
+def choose_ranks(
+    ids_TK: Int64s,
+    ranks_EX: Int64s,
+    ranks_per_node: int,
+    load: npt.NDArray[np.float64],
+) -> Int64s:
+    """The rank that serves each pick of tokens that are chosen together, int64 (T, K), -1 for no expert.
+
+    Args:
+        ids_TK: int64 (T, K); negative where a pick went to no expert.
+        ranks_EX: as `ranks_of_experts` gives it.
+        load: (R,) such as `first_load`; what the ranks then serve is added to it.
+    """
+    out = np.empty(ids_TK.shape, np.int64)
+    served, node_served = np.zeros(len(load), np.int64), np.zeros(len(load) // ranks_per_node, np.int64)
+    for token in range(len(ids_TK)):
+        choose(ids_TK[token], ranks_EX, ranks_per_node, load, served, node_served, out[token])
+        for rank in out[token]:
+            if rank >= 0:
+                load[rank] += 1
+                served[rank], node_served[rank // ranks_per_node] = 0, 0
     return out
 
 

@@ -10,7 +10,7 @@ import numba
 import numpy as np
 import numpy.typing as npt
 
-from placement.choice import choose, nearest_ranks, ranks_of_experts
+from placement.choice import choose, first_load, nearest_ranks, ranks_of_experts
 from placement.placement_map import PlacementMap
 from profiler.trace import TokenTrace
 
@@ -87,29 +87,42 @@ def _finite(value: Any) -> float | None:
     return float(value) if np.isfinite(value) else None
 
 
-def evaluate(placement: PlacementMap, tokens: TokenTrace, choice: Choice = "token") -> Metrics:
+def evaluate(
+    placement: PlacementMap,
+    tokens: TokenTrace,
+    choice: Choice = "token",
+    batch_of_token: npt.NDArray[np.int64] | None = None,
+) -> Metrics:
     """Measure a map on token sets.
 
     Args:
         choice: who chooses among the copies of an expert.  Under "source" each token counts as coming from every rank
             equally.
+        batch_of_token: int64 (T,), which tokens one rank sent together, as a run does; batch b is one of rank b % R,
+            its tokens choose in their order.  Makes a difference to maps with redundant experts only; None where it is
+            not known: then all tokens choose in a mixed order.
     """
     topology, num_experts = placement.topology, placement.model.num_experts
-    no_expert = np.iinfo(tokens.topk_ids.dtype).max
+    num_ranks, no_expert = topology.num_ranks, np.iinfo(tokens.topk_ids.dtype).max
     layers: list[Mapping[str, Any]] = []
     for ids_TK, slots_P in zip(tokens.topk_ids, placement.physical_to_logical_map, strict=True):
         ranks_EX = ranks_of_experts(slots_P, num_experts, topology.slots_per_rank)
-        if ranks_EX.shape[1] > 1:
-            ids_TK = ids_TK[mixed_order(len(ids_TK))]
-        if choice == "source" and ranks_EX.shape[1] > 1:
-            per_source = nearest_ranks(ranks_EX, topology)[:, :, None]
-        else:
-            per_source = ranks_EX[None]
+        several = ranks_EX.shape[1] > 1
+        per_source = nearest_ranks(ranks_EX, topology)[:, :, None] if choice == "source" and several else ranks_EX[None]
+        together = ids_TK[mixed_order(len(ids_TK))] if several else ids_TK
+        parts = [(together, ranks, np.zeros(num_ranks)) for ranks in per_source]
+        repeats = len(parts)
+        if batch_of_token is not None and several:
+            parts, repeats = [], 1
+            for batch in np.unique(batch_of_token):
+                source = int(batch) % num_ranks
+                ranks = per_source[source % len(per_source)]
+                parts.append((ids_TK[batch_of_token == batch], ranks, first_load(source, num_ranks)))
         sums = [
-            _walk(ids_TK, no_expert, np.ascontiguousarray(ranks), topology.num_nodes, topology.ranks_per_node)
-            for ranks in per_source
+            _walk(ids, no_expert, np.ascontiguousarray(ranks), topology.num_nodes, topology.ranks_per_node, load)
+            for ids, ranks, load in parts
         ]
-        reached, load, node_reached, intra, pairs = (np.mean(parts, axis=0) for parts in zip(*sums, strict=True))
+        reached, load, node_reached, intra, pairs = (np.sum(part, axis=0) / repeats for part in zip(*sums, strict=True))
         layers.append(
             {
                 "fan_out": reached.sum() / len(ids_TK),
@@ -140,6 +153,7 @@ def _walk(
     ranks_EX: npt.NDArray[np.int64],
     num_nodes: int,
     ranks_per_node: int,
+    load_so_far: npt.NDArray[np.float64],
 ) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64], npt.NDArray[np.float64], float, float]:
     """Tokens that reach each rank, pairs that each serves, tokens that reach each node, intra pairs, all pairs."""
     num_tokens, top_k = ids_TK.shape
@@ -155,10 +169,11 @@ def _walk(
             experts[k] = -1 if expert == no_expert else expert
             picks += expert != no_expert
         pairs += picks * (picks - 1) / 2
-        choose(experts, ranks_EX, ranks_per_node, load, served, node_served, chosen)
+        choose(experts, ranks_EX, ranks_per_node, load_so_far, served, node_served, chosen)
         for rank in chosen:
             if rank >= 0:
                 load[rank] += 1
+                load_so_far[rank] += 1
                 if served[rank]:
                     reached[rank] += 1
                     intra += served[rank] * (served[rank] - 1) / 2

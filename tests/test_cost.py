@@ -6,10 +6,11 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from conftest import make_spec, make_trace, traces
+from conftest import make_spec, make_trace, random_ids, traces
 from hypothesis import given
 from hypothesis import strategies as st
 
+from placement.choice import choose_ranks, first_load, ranks_of_experts
 from placement.cost import evaluate, mixed_order
 from placement.placement_map import PlacementMap
 from placement.topology import Topology
@@ -189,3 +190,20 @@ def test_top_one_models_have_no_pairs():
     summary = evaluate(PlacementMap.linear(spec, Topology(1, 2, 2)), trace).summary()
     assert summary["intra_share"] == {"mean": None, "worst": None}
     assert summary["fan_out"]["mean"] == 1.0
+
+
+def test_tokens_that_ranks_choose_for_apart():
+    """With copies, every rank counts its own tokens only: the sum over sources of what each of them chooses."""
+    spec, trace = make_spec(1, 8, 3), make_trace(random_ids(4, 1, 90, 8, 3))
+    slots = np.array([[0, 1, 2, 3, 4, 5, 6, 7, 0, 1, 4, 2]])
+    placement = PlacementMap(spec, Topology(2, 2, 3), slots, {"name": "copies"})
+    ranks_EX = ranks_of_experts(slots[0], 8, 3)
+    batches = np.arange(90) % 7
+    served = np.zeros(4)
+    for batch in range(7):
+        ids = trace.topk_ids[0, batches == batch].astype(np.int64)
+        chosen = choose_ranks(ids, ranks_EX, 2, first_load(batch % 4, 4))
+        assert all((ranks_EX[expert] == rank).any() for expert, rank in zip(ids.flat, chosen.flat, strict=True))
+        served += np.bincount(chosen.flatten(), minlength=4)
+    assert evaluate(placement, trace, "token", batches).load[0].tolist() == served.tolist()
+    assert evaluate(placement, trace).load.sum() == served.sum()

@@ -1,18 +1,19 @@
-"""Dispatch and combine that send each token once to every rank that serves it.
+"""Dispatch and combine that send each token once to every rank, or node, that serves it. Knows no experts and no map.
 
-One `ExchangeIndex` is built for each layer call and read in both directions.  A row is one copy of a token on its way
-to one rank; a pair is one (token, expert) of it.  What travels:
+A row is one copy of a token on its way to one member of a group; a pair is one (token, slot) of it.  A route has one
+hop, straight to the ranks, or two: over the network to the destination nodes first, then inside each node.  One index a
+hop is built for each layer call and read in both directions.  What travels on each hop:
 
-    dispatch    rows     hidden state of each token, once per destination rank
-                pairs    (row on arrival, local slot) in one whole number and the routing weight, 4 + 4 bytes
-    combine     rows     the weighted sum over a row's experts, made before the return
+    dispatch    rows     hidden state of each token, once per destination
+                pairs    slot at the destination and whether a new row starts, 2 bytes; the routing weight as it is
+    combine     rows     the weighted sum over what a destination served, made before the return
 
 Sums are exact up to the order of addition.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -22,8 +23,58 @@ from placement.runtime.meter import Meter
 
 
 @dataclass(frozen=True)
+class Hop:
+    """One exchange within a group of ranks.
+
+    Attributes:
+        group: whose members exchange; slots are numbered member by member.
+        slots_per_member: of the ranks behind a member together, where it hands rows on.
+        across_nodes: for each member, whether it sits on another node than this rank.
+    """
+
+    group: dist.ProcessGroup
+    slots_per_member: int
+    across_nodes: tuple[bool, ...]
+
+    @property
+    def num_members(self) -> int:
+        """How many ranks exchange."""
+        return len(self.across_nodes)
+
+
+@dataclass(frozen=True)
+class Route:
+    """How tokens get to the ranks that serve them.
+
+    Attributes:
+        hops: one, or first over the network and then inside the node.
+        wire_dtype: in which rows and their gradients travel; None for that of the hidden states.
+        meter: counts what is sent.
+    """
+
+    hops: tuple[Hop, ...]
+    wire_dtype: torch.dtype | None
+    meter: Meter
+
+    def with_slots(self, slots_per_rank: int) -> Route:
+        """The same way, for ranks with so many slots."""
+        *first, last = self.hops
+        behind = [replace(hop, slots_per_member=slots_per_rank * last.num_members) for hop in first]
+        return replace(self, hops=(*behind, replace(last, slots_per_member=slots_per_rank)))
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """Which rows want which slots: `row` int64 (P,) ascending within each source, `slot` int64 (P,), `weight` (P,)."""
+
+    row: torch.Tensor
+    slot: torch.Tensor
+    weight: torch.Tensor
+
+
+@dataclass(frozen=True)
 class Splits:
-    """How many consecutive rows of one tensor go to each rank, and how many come from it."""
+    """How many consecutive rows of one tensor go to each member, and how many come from it."""
 
     to: list[int]
     received: list[int]
@@ -35,128 +86,183 @@ class Splits:
 
 
 @dataclass(frozen=True)
-class ExchangeIndex:
-    """Which tokens go where, and what comes back, seen from one rank.
+class Sizes:
+    """What one hop carries, known on the host."""
 
-    Attributes:
-        token_of_row: int64 (rows sent,), grouped by destination rank, tokens ascending in each group.
-        pair_order: int64 (T*K,), the (token, pick) of each sent pair, grouped by destination rank.
-        pair_codes: int64 (T*K,), row on arrival * slots_per_rank + local slot, in that order.
-        rows: how many rows go to each rank and come from it.
-        pairs: likewise for pairs.
-    """
-
-    token_of_row: torch.Tensor
-    pair_order: torch.Tensor
-    pair_codes: torch.Tensor
     rows: Splits
     pairs: Splits
 
 
 @dataclass(frozen=True)
-class Arrived:
-    """What a rank received: `hidden` (rows, H), and for each pair its row, its local slot and its routing weight."""
+class HopIndex:
+    """What this rank sends on one hop, grouped by member, rows ascending in each group.
 
-    hidden: torch.Tensor
-    row_of_pair: torch.Tensor
-    slot_of_pair: torch.Tensor
-    weight_of_pair: torch.Tensor
+    Attributes:
+        sizes: how much.
+        row_sent: int64 (rows sent,), the local row of each.
+        pair_sent: int64 (pairs sent,), the local pair of each.
+        codes: int16 or int32 (pairs sent,), twice the slot at the member, plus 1 where a new row starts.
+    """
+
+    sizes: Sizes
+    row_sent: torch.Tensor
+    pair_sent: torch.Tensor
+    codes: torch.Tensor
 
 
-def build_index(slots_TK: torch.Tensor, slots_per_rank: int, group: dist.ProcessGroup) -> ExchangeIndex:
-    """Group tokens by the ranks that serve them and tell every rank what to expect; sizes are read back to the host.
+def make_route(
+    group: dist.ProcessGroup,
+    ranks_per_node: int,
+    *,
+    hierarchical: bool,
+    wire_dtype: torch.dtype | None,
+    meter: Meter,
+) -> Route:
+    """The route of this rank, to ranks with one slot each; see `Route.with_slots`.
+
+    `hierarchical` makes two more process groups, so all ranks have to call it together.
+    """
+    ranks, rank = dist.get_process_group_ranks(group), dist.get_rank(group)
+    node, local = divmod(rank, ranks_per_node)
+    num_nodes = len(ranks) // ranks_per_node
+    if not hierarchical or num_nodes == 1:
+        across = tuple(other // ranks_per_node != node for other in range(len(ranks)))
+        return Route((Hop(group, 1, across),), wire_dtype, meter)
+    rail = dist.new_group(ranks[local::ranks_per_node], use_local_synchronization=True)
+    inside = dist.new_group(ranks[node * ranks_per_node :][:ranks_per_node], use_local_synchronization=True)
+    over_network = Hop(rail, ranks_per_node, tuple(other != node for other in range(num_nodes)))
+    return Route((over_network, Hop(inside, 1, (False,) * ranks_per_node)), wire_dtype, meter)
+
+
+def plan_sizes(slots_TK: torch.Tensor, route: Route) -> list[Sizes]:
+    """Tell the others what to expect, hop by hop; the figures of all hops are read back to the host at once.
 
     Args:
-        slots_TK: int64 (T, K), the global slot that serves each pick.
+        slots_TK: int64 (T, K), the slot that serves each pick, negative where a pick goes nowhere.
     """
-    num_ranks = dist.get_world_size(group)
-    num_tokens, _ = slots_TK.shape
-    rank_TK = slots_TK // slots_per_rank
-    served_RT = slots_TK.new_zeros((num_ranks, num_tokens), dtype=torch.bool)
-    served_RT[rank_TK.T, torch.arange(num_tokens, device=slots_TK.device)] = True
-    token_of_row = served_RT.nonzero()[:, 1]
-    row_on_arrival_RT = served_RT.long().cumsum(dim=1) - 1
-    pair_order = torch.argsort(rank_TK.flatten(), stable=True)
-    pair_codes = row_on_arrival_RT.T.gather(1, rank_TK) * slots_per_rank + slots_TK % slots_per_rank
-    sent = torch.stack([served_RT.sum(dim=1), torch.bincount(rank_TK.flatten(), minlength=num_ranks)], dim=1)
+    num_tokens, last = len(slots_TK), route.hops[-1]
+    num_ranks = last.num_members * (route.hops[0].num_members if len(route.hops) > 1 else 1)
+    rank_TK = torch.where(slots_TK < 0, num_ranks, slots_TK // last.slots_per_member)
+    served_TR = slots_TK.new_zeros((num_tokens, num_ranks + 1))
+    served_TR.scatter_(1, rank_TK, 1)
+    pairs_R = slots_TK.new_zeros(num_ranks + 1).scatter_add_(0, rank_TK.flatten(), torch.ones_like(rank_TK.flatten()))
+    sent = torch.stack([served_TR.sum(dim=0), pairs_R], dim=1)[:num_ranks]  # (R, 2): rows and pairs
+    if len(route.hops) == 1:
+        figures = [sent, _exchange_figures(sent, last)]
+    else:
+        by_node = sent.view(-1, last.num_members, 2)
+        rows_N = served_TR[:, :num_ranks].view(num_tokens, *by_node.shape[:2]).amax(dim=2).sum(dim=0)
+        over_network = torch.stack([rows_N, by_node[:, :, 1].sum(dim=1)], dim=1)
+        # What a node's rank will hand on is the sum of what its senders want handed on.
+        wanted = torch.cat([over_network, by_node.flatten(1)], dim=1)
+        received = _exchange_figures(wanted, route.hops[0])
+        handed_on = received[:, 2:].sum(dim=0).view(-1, 2)
+        figures = [over_network, received[:, :2], handed_on, _exchange_figures(handed_on, last)]
+    on_host = iter(torch.cat(figures).tolist())  # the one wait for the accelerator
+    sizes = []
+    for hop in route.hops:
+        to, received_from = ([next(on_host) for _ in range(hop.num_members)] for _ in range(2))
+        rows, pairs = (Splits([pair[i] for pair in to], [pair[i] for pair in received_from]) for i in range(2))
+        sizes.append(Sizes(rows, pairs))
+    return sizes
+
+
+def _exchange_figures(sent: torch.Tensor, hop: Hop) -> torch.Tensor:
     received = torch.empty_like(sent)
-    dist.all_to_all_single(received, sent, group=group)
-    (rows_to, pairs_to), (rows_from, pairs_from) = torch.stack([sent.T, received.T]).tolist()
-    codes = pair_codes.flatten().index_select(0, pair_order)
-    return ExchangeIndex(token_of_row, pair_order, codes, Splits(rows_to, rows_from), Splits(pairs_to, pairs_from))
+    dist.all_to_all_single(received, sent.contiguous(), group=hop.group)
+    return received
 
 
-def dispatch(
-    hidden_TH: torch.Tensor,
-    weights_TK: torch.Tensor,
-    index: ExchangeIndex,
-    slots_per_rank: int,
-    group: dist.ProcessGroup,
-    meter: Meter,
-) -> Arrived:
-    """Send every token once to each rank that serves it, with its picks there and their weights."""
-    rank = dist.get_rank(group)
-    rows = hidden_TH.index_select(0, index.token_of_row)
-    # Codes travel as the bits of a float beside the weight, so that pairs are one message; nothing computes with them.
-    codes_as_float = index.pair_codes.to(torch.int32).view(torch.float32)
-    weights = weights_TK.flatten().index_select(0, index.pair_order).to(torch.float32)
-    pairs = torch.stack([codes_as_float, weights], dim=1)
-    hidden, arrived_pairs = all_to_all(group, (rows, pairs), (index.rows, index.pairs))
-    codes = arrived_pairs[:, 0].detach().contiguous().view(torch.int32).long()
-    meter.rows_sent += len(rows)
-    meter.count_sent(rows, index.rows.to, rank)
-    meter.count_sent(pairs, index.pairs.to, rank)
-    # Rows arrive grouped by source; each source numbered its own from zero.
-    rows_from = torch.tensor(index.rows.received, device=codes.device)
-    pairs_from = torch.tensor(index.pairs.received, device=codes.device)
-    first_row = torch.repeat_interleave(rows_from.cumsum(0) - rows_from, pairs_from)
-    return Arrived(hidden, codes // slots_per_rank + first_row, codes % slots_per_rank, arrived_pairs[:, 1])
+def index_hop(pairs: Pairs, hop: Hop, sizes: Sizes) -> HopIndex:
+    """Group pairs by the member that they go to; a pair with a negative slot goes nowhere."""
+    num_rows, num_pairs = sum(sizes.rows.to), sum(sizes.pairs.to)
+    # A negative slot counts as one behind the last member, so that these come last.
+    member = torch.where(pairs.slot < 0, hop.num_members, pairs.slot // hop.slots_per_member)
+    member, pair_sent = torch.sort(member.to(torch.int16), stable=True)
+    member, pair_sent = member[:num_pairs], pair_sent[:num_pairs]
+    row, slot = pairs.row.index_select(0, pair_sent), pairs.slot.index_select(0, pair_sent)
+    starts = torch.ones_like(row)
+    starts[1:] = (row[1:] != row[:-1]) | (member[1:] != member[:-1])
+    row_sent = row.new_empty(num_rows).scatter_(0, starts.cumsum(0) - 1, row)
+    codes = (slot % hop.slots_per_member) * 2 + starts
+    return HopIndex(sizes, row_sent, pair_sent, codes.to(torch.int16 if hop.slots_per_member <= 2**14 else torch.int32))
 
 
-def combine(
-    partial_sums: torch.Tensor, index: ExchangeIndex, num_tokens: int, group: dist.ProcessGroup, meter: Meter
-) -> torch.Tensor:
-    """Return each row's partial sum (rows received, H) to its source and add them up by token: (T, H)."""
-    meter.count_sent(partial_sums, index.rows.received, dist.get_rank(group))
-    (returned,) = all_to_all(group, (partial_sums,), (index.rows.reversed,))
-    out = partial_sums.new_zeros((num_tokens, partial_sums.shape[1]))
-    return out.index_add(0, index.token_of_row, returned)
+def dispatch(hidden: torch.Tensor, pairs: Pairs, index: HopIndex, hop: Hop, route: Route) -> tuple[torch.Tensor, Pairs]:
+    """Send every row once to each member that serves it, with its pairs there: what this rank received."""
+    rows = hidden.index_select(0, index.row_sent).to(route.wire_dtype or hidden.dtype)
+    weights = pairs.weight.index_select(0, index.pair_sent)
+    arrived, weight, codes = _Dispatch.apply(rows, weights, index, hop, route.meter)  # type: ignore[no-untyped-call]
+    codes = codes.long()
+    # Rows and pairs arrive in the same order, source by source.
+    return arrived.to(hidden.dtype), Pairs((codes & 1).cumsum(0) - 1, codes >> 1, weight)
 
 
-def all_to_all(
-    group: dist.ProcessGroup, tensors: tuple[torch.Tensor, ...], splits: tuple[Splits, ...]
-) -> tuple[torch.Tensor, ...]:
-    """Exchange rows of several tensors at once; gradients travel back the same way."""
-    out: tuple[torch.Tensor, ...] = _AllToAll.apply(group, splits, *tensors)  # type: ignore[no-untyped-call]
-    return out
+def combine(partial_sums: torch.Tensor, index: HopIndex, hop: Hop, num_rows: int, route: Route) -> torch.Tensor:
+    """Return each row's partial sum to where it came from and add them up by row: (num_rows, H)."""
+    on_wire = partial_sums.to(route.wire_dtype or partial_sums.dtype)
+    returned = _Combine.apply(on_wire, index, hop, route.meter)  # type: ignore[no-untyped-call]
+    # 16-bit formats lose too much in sums of several terms.
+    exact = torch.float32 if partial_sums.element_size() < 4 else partial_sums.dtype
+    out = partial_sums.new_zeros((num_rows, partial_sums.shape[1]), dtype=exact)
+    return out.index_add(0, index.row_sent, returned.to(exact)).to(partial_sums.dtype)
 
 
-class _AllToAll(torch.autograd.Function):
+class _Dispatch(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, group: dist.ProcessGroup, splits: tuple[Splits, ...], *tensors: torch.Tensor
-    ) -> tuple[torch.Tensor, ...]:
-        ctx.group, ctx.splits = group, splits
-        return _exchange(group, tensors, splits)
+        ctx: Any, rows: torch.Tensor, weights: torch.Tensor, index: HopIndex, hop: Hop, meter: Meter
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        ctx.sizes, ctx.hop, ctx.meter = index.sizes, hop, meter
+        packed = torch.cat([_as_bytes(weights), _as_bytes(index.codes)], dim=1)
+        arrived, packed = _exchange((rows, packed), (index.sizes.rows, index.sizes.pairs), hop, meter)
+        width = weights.element_size()
+        weight, codes = _from_bytes(packed[:, :width], weights.dtype), _from_bytes(packed[:, width:], index.codes.dtype)
+        ctx.mark_non_differentiable(codes)
+        return arrived, weight, codes
 
     @staticmethod
-    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        return None, None, *_exchange(ctx.group, gradients, tuple(split.reversed for split in ctx.splits))
+    def backward(
+        ctx: Any, to_rows: torch.Tensor, to_weights: torch.Tensor, _codes: torch.Tensor
+    ) -> tuple[torch.Tensor | None, ...]:
+        splits = (ctx.sizes.rows.reversed, ctx.sizes.pairs.reversed)
+        return *_exchange((to_rows, to_weights), splits, ctx.hop, ctx.meter), None, None, None
+
+
+class _Combine(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, partial_sums: torch.Tensor, index: HopIndex, hop: Hop, meter: Meter) -> torch.Tensor:
+        ctx.sizes, ctx.hop, ctx.meter = index.sizes, hop, meter
+        return _exchange((partial_sums,), (index.sizes.rows.reversed,), hop, meter)[0]
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        return *_exchange((gradient,), (ctx.sizes.rows,), ctx.hop, ctx.meter), None, None, None
+
+
+def _as_bytes(values: torch.Tensor) -> torch.Tensor:
+    return values.unsqueeze(1).contiguous().view(torch.uint8)
+
+
+def _from_bytes(columns: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    return columns.clone(memory_format=torch.contiguous_format).view(dtype).flatten()
 
 
 def _exchange(
-    group: dist.ProcessGroup, tensors: tuple[torch.Tensor, ...], splits: tuple[Splits, ...]
+    tensors: tuple[torch.Tensor, ...], splits: tuple[Splits, ...], hop: Hop, meter: Meter
 ) -> tuple[torch.Tensor, ...]:
     """Start every exchange before waiting for any, so that their latencies overlap."""
-    outputs = tuple(
-        tensor.new_empty((sum(split.received), *tensor.shape[1:]))
-        for tensor, split in zip(tensors, splits, strict=True)
-    )
-    pending = [
-        dist.all_to_all_single(output, tensor.contiguous(), split.received, split.to, group=group, async_op=True)
-        for output, tensor, split in zip(outputs, tensors, splits, strict=True)
-    ]
+    outputs, pending = [], []
+    for tensor, split in zip(tensors, splits, strict=True):
+        output = tensor.new_empty((sum(split.received), *tensor.shape[1:]))
+        work = dist.all_to_all_single(
+            output, tensor.contiguous(), split.received, split.to, group=hop.group, async_op=True
+        )
+        row_bytes = tensor[:1].numel() * tensor.element_size()
+        meter.count_sent(split.to, row_bytes, dist.get_rank(hop.group), hop.across_nodes)
+        outputs.append(output)
+        pending.append(work)
     for work in pending:
         if work is not None:
             work.wait()
-    return outputs
+    return tuple(outputs)

@@ -11,13 +11,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
+from torch._C._distributed_c10d import FileStore
 from torch.multiprocessing.spawn import ProcessExitedException, ProcessRaisedException, start_processes
 
+from placement.runtime.membership import RankLostError, describe, member_of, own_device
 from profiler.errors import CoterieError
 
 Worker = Callable[[int, torch.device, dict[str, Any]], dict[str, Any]]
 """Called on every rank with its number, its device and the arguments; returns what `json` can hold."""
+
+GRACE_SECONDS = 3.0
+"""How long the other ranks may take to end by themselves once one has failed."""
 
 
 def run_on_ranks(
@@ -39,18 +43,23 @@ def run_on_ranks(
     """
     with tempfile.TemporaryDirectory(prefix="coterie-") as folder, _environment(num_ranks):
         try:
-            start_processes(
+            processes = start_processes(
                 _run_rank,
                 (worker, num_ranks, arguments, folder, before_joining),
                 nprocs=num_ranks,
+                join=False,
                 start_method="spawn",
             )
+            while not processes.join(grace_period=GRACE_SECONDS):
+                pass
         except (ProcessRaisedException, ProcessExitedException) as error:
-            # One rank's failure breaks the others' exchanges: the first to fail is the one to name.
+            # A rank that was killed leaves no line; else the first to fail is the one to name.
+            if isinstance(error, ProcessExitedException) and error.exit_code < 0:
+                reason = f"died of {error.signal_name}"
+                raise CoterieError(f"rank {error.error_index} of {num_ranks} failed: {reason}") from error
             failures = sorted(Path(folder).glob("*.error"), key=lambda path: path.stat().st_mtime_ns)
-            rank = failures[0].stem if failures else str(error.error_index)
-            reason = failures[0].read_text() if failures else str(error).strip().splitlines()[-1]
-            raise CoterieError(f"rank {rank} of {num_ranks} failed: {reason}") from error
+            unknown = f"rank {error.error_index} of {num_ranks} failed: {str(error).strip().splitlines()[-1]}"
+            raise CoterieError(failures[0].read_text() if failures else unknown) from error
         return [json.loads((Path(folder) / f"{rank}.json").read_text()) for rank in range(num_ranks)]
 
 
@@ -78,24 +87,24 @@ def _run_rank(
     folder: str,
     before_joining: Callable[[int], None] | None,
 ) -> None:
-    if before_joining is not None:
-        before_joining(rank)
-    if torch.accelerator.device_count() >= num_ranks:
-        accelerator = torch.accelerator.current_accelerator()
-        assert accelerator is not None
-        device = torch.device(accelerator.type, rank)
-        torch.accelerator.set_device_index(rank)
-    else:
-        device = torch.device("cpu")
-    backend = dist.get_default_backend_for_device(device)
-    dist.init_process_group(backend, init_method=f"file://{folder}/rendezvous", rank=rank, world_size=num_ranks)
+    def end(line: str) -> None:
+        report(line)
+        os._exit(1)
+
+    def report(line: str) -> None:
+        (Path(folder) / f"{rank}.error").write_text(line)
+
     try:
-        result = worker(rank, device, arguments)
-        (Path(folder) / f"{rank}.json").write_text(json.dumps(result))
-        dist.barrier()
+        if before_joining is not None:
+            before_joining(rank)
+        device = own_device(rank, num_ranks)
+        store = FileStore(f"{folder}/rendezvous", num_ranks)
+        with member_of(store, rank, num_ranks, device, end):
+            result = worker(rank, device, arguments)
+            (Path(folder) / f"{rank}.json").write_text(json.dumps(result))
+    except RankLostError as error:
+        end(str(error))
     except Exception as error:
-        reason = str(error).strip().splitlines()
-        (Path(folder) / f"{rank}.error").write_text(f"{type(error).__name__}: {reason[0] if reason else 'no message'}")
+        reason = str(error) if isinstance(error, CoterieError) else describe(error)
+        report(f"rank {rank} of {num_ranks} failed: {reason}")
         raise
-    finally:
-        dist.destroy_process_group()

@@ -1,9 +1,9 @@
-"""Seconds and bytes of each phase of a layer call, counted where they are spent."""
+"""Seconds, bytes, rows and pairs of layer calls, counted where they are spent. Knows nothing of maps or models."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
@@ -14,22 +14,32 @@ PHASES = ("dispatch", "expert", "combine")
 
 @dataclass
 class Meter:
-    """Running totals of one rank since the last `reset`.
+    """Running totals of one rank since the last `reset`; wall times include waiting for other ranks.
 
     Attributes:
-        seconds: wall time of each phase; waiting for other ranks is part of it.
-        bytes_sent: payload and indices sent to other ranks; what a rank keeps for itself is not counted.
-        rows_sent: token copies sent to any rank, its own included.
+        seconds: of each phase of the forward pass.
+        index_seconds: the part of dispatch that finds out which rank serves what and how much to expect, but for the
+            exchange of these figures.
+        bytes_sent: payload and indices sent to other ranks, gradients too; what a rank keeps is not counted.
+        network_bytes_sent: the part of it that went to other nodes.
+        rows_sent: token copies sent to any rank, its own included; with two hops, those of the last.
+        rows_served: token copies that this rank received to run its experts on.
+        pairs_served: (token, expert) pairs that it ran.
     """
 
     seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys(PHASES, 0.0))
+    index_seconds: float = 0.0
     bytes_sent: int = 0
+    network_bytes_sent: int = 0
     rows_sent: int = 0
+    rows_served: int = 0
+    pairs_served: int = 0
 
     def reset(self) -> None:
         """Start from zero."""
         self.seconds = dict.fromkeys(PHASES, 0.0)
-        self.bytes_sent = self.rows_sent = 0
+        self.index_seconds = 0.0
+        self.bytes_sent = self.network_bytes_sent = self.rows_sent = self.rows_served = self.pairs_served = 0
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
@@ -40,10 +50,23 @@ class Meter:
         _synchronize()
         self.seconds[name] += time.perf_counter() - started
 
-    def count_sent(self, tensor: torch.Tensor, rows_to: list[int], rank: int) -> None:
-        """Count the bytes of a tensor's rows, `rows_to[r]` of them sent to rank r."""
-        elements_per_row = tensor[:1].numel() if len(tensor) else 0
-        self.bytes_sent += (sum(rows_to) - rows_to[rank]) * elements_per_row * tensor.element_size()
+    @contextmanager
+    def indexing(self) -> Iterator[None]:
+        """Add the time spent inside to `index_seconds`; does not wait for an accelerator."""
+        started = time.perf_counter()
+        yield
+        self.index_seconds += time.perf_counter() - started
+
+    def count_served(self, rows_sent: int, rows_served: int, pairs_served: int) -> None:
+        """Count the token copies that a layer call sent and received, and the pairs that it ran."""
+        self.rows_sent += rows_sent
+        self.rows_served += rows_served
+        self.pairs_served += pairs_served
+
+    def count_sent(self, rows_to: Sequence[int], row_bytes: int, member: int, across_nodes: Sequence[bool]) -> None:
+        """Count rows of so many bytes, `rows_to[m]` of them sent to each member m of a group by one of them."""
+        self.bytes_sent += (sum(rows_to) - rows_to[member]) * row_bytes
+        self.network_bytes_sent += sum(rows for rows, far in zip(rows_to, across_nodes, strict=True) if far) * row_bytes
 
 
 def _synchronize() -> None:

@@ -15,11 +15,13 @@ class ExpectedTraffic:
 
 
 def expected_traffic(slots_TK: Sequence[Sequence[int]], slots_per_rank: int, num_ranks: int) -> ExpectedTraffic:
-    """Walk over the tokens and their picks in order."""
+    """Walk over the tokens and their picks in order; a negative slot serves nothing."""
     rows_to: list[list[int]] = [[] for _ in range(num_ranks)]
     pairs_to: list[list[tuple[int, int]]] = [[] for _ in range(num_ranks)]
     for token, slots in enumerate(slots_TK):
         for slot in slots:
+            if slot < 0:
+                continue
             rank, local = divmod(slot, slots_per_rank)
             if not rows_to[rank] or rows_to[rank][-1] != token:
                 rows_to[rank].append(token)
