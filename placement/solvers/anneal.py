@@ -30,7 +30,7 @@ Ints = npt.NDArray[np.int64]
 TRIES_PER_KICK = 200
 """Changes tried for each kick that a search without copies would make; they cost about the same."""
 
-MAX_ROWS = 10_000
+MAX_SETS = 10_000
 """Token sets to judge changes by: a draw of so many tokens where there are more."""
 
 BALANCED = 1.02
@@ -51,7 +51,7 @@ def search_copies(problem: LayerProblem, slots: Slots, rng: np.random.Generator,
     slots = with_copies(slots, problem)
     topology = problem.topology
     shape = (topology.num_nodes, topology.ranks_per_node, topology.slots_per_rank)
-    tokens, weights = prepare(_sample(problem, rng)), weights_of(problem)
+    tokens, weights = prepare(_mixed(problem.drawn(MAX_SETS, rng), rng)), weights_of(problem)
     balanced = _served(tokens, _room_for_copies(load_only(problem, rng), problem), shape)
     load_cap = min(problem.load_cap, max(BALANCED, float((balanced.load / tokens.mean_load).mean(axis=1).max())))
     ranks_EX = _room_for_copies(slots, problem)
@@ -86,14 +86,10 @@ def _room_for_copies(slots: Slots, problem: LayerProblem) -> Ints:
     return out
 
 
-def _sample(problem: LayerProblem, rng: np.random.Generator) -> LayerProblem:
-    """The problem, or one of `MAX_ROWS` tokens drawn from it, in random order: choices go by the load so far."""
-    if len(problem.sets) <= MAX_ROWS:
-        keep, weights = rng.permutation(len(problem.sets)), problem.weights
-    else:
-        weights = rng.multinomial(MAX_ROWS, problem.weights / problem.weights.sum()).astype(np.float64)
-        keep = rng.permutation(np.flatnonzero(weights))
-    return replace(problem, sets=problem.sets[keep], folds=problem.folds[keep], weights=weights[keep])
+def _mixed(problem: LayerProblem, rng: np.random.Generator) -> LayerProblem:
+    """The same token sets in random order: choices go by the load so far."""
+    order = rng.permutation(len(problem.sets))
+    return replace(problem, sets=problem.sets[order], folds=problem.folds[order], weights=problem.weights[order])
 
 
 class Served(NamedTuple):

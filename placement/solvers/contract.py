@@ -121,6 +121,14 @@ class LayerProblem:
         weights = np.bincount(row.ravel(), self.weights, minlength=len(sets)).astype(np.float64)
         return replace(self, sets=sets, folds=np.zeros(len(sets), dtype=np.int64), weights=weights)
 
+    def drawn(self, max_sets: int, rng: np.random.Generator) -> LayerProblem:
+        """Itself where it has so few token sets, else a problem of so many tokens drawn from it by their weights."""
+        if len(self.sets) <= max_sets:
+            return self
+        weights = rng.multinomial(max_sets, self.weights / self.weights.sum()).astype(np.float64)
+        keep = np.flatnonzero(weights)
+        return replace(self, sets=self.sets[keep], folds=self.folds[keep], weights=weights[keep])
+
     @property
     def num_ranks(self) -> int:
         """R."""

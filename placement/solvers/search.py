@@ -29,8 +29,11 @@ KICKS = 60
 
 FEWEST_KICKS = 6
 
-LARGE = 2_500_000
+LARGE = 600_000
 """Experts times token sets of a layer from which on rounds become fewer, so that they cost about the same in all."""
+
+MAX_SETS = 20_000
+"""Token sets that rounds are made on: a draw of so many tokens where there are more, and the last descent on all."""
 
 
 def search(
@@ -47,7 +50,7 @@ def search(
         seconds: stop kicking after this time; None for never.
     """
     if num_kicks is None:
-        size = problem.num_experts * len(problem.sets)
+        size = problem.num_experts * min(len(problem.sets), MAX_SETS)
         num_kicks = min(KICKS, max(FEWEST_KICKS, KICKS * LARGE // max(size, 1)))
     effort = Effort(num_kicks, math.inf if seconds is None else time.monotonic() + seconds)
     slots = slots_of_ranks(place_once(problem, rng, effort), problem.topology)
@@ -61,11 +64,15 @@ def place_once(problem: LayerProblem, rng: np.random.Generator, effort: Effort) 
         return _place_groups(problem, rng, effort)
     start = ranks_of(load_only(problem, rng), problem)
     anywhere = np.zeros(problem.num_experts, dtype=np.int64)
-    tokens = prepare(problem)
+    few = problem.drawn(MAX_SETS, rng)
+    tokens = prepare(few)
     if topology.num_nodes > 1 and topology.ranks_per_node > 1:
-        start = _nodes_first(problem, rng, effort.part(2))
-        start = improve(problem, tokens, start, start // topology.ranks_per_node, rng, effort.part(2))
-    return improve(problem, tokens, start, anywhere, rng, effort)
+        start = _nodes_first(few, rng, effort.part(2))
+        start = improve(few, tokens, start, start // topology.ranks_per_node, rng, effort.part(2))
+    start = improve(few, tokens, start, anywhere, rng, effort)
+    if few is problem:
+        return start
+    return improve(problem, prepare(problem), start, anywhere, rng, replace(effort, num_kicks=0))
 
 
 def ranks_of(slots: Slots, problem: LayerProblem) -> Ints:
