@@ -20,7 +20,7 @@ from placement.solvers.swaps import DOUBLINGS, descend, prepare, weights_of
 from placement.timing import Workload
 from placement.topology import Links, Topology
 from profiler import CoterieError, Profile
-from profiler.analysis import shuffled
+from profiler.chance import shuffled
 
 search = STRATEGIES["search"]
 
