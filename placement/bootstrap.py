@@ -1,0 +1,100 @@
+"""How sure a held-out figure is: sequences drawn anew with replacement (Efron, Annals of Statistics 7, 1979).
+
+Tokens of one sequence resemble each other, so sequences are drawn, not tokens; all maps meet the same draws, so that
+differences between maps are surer than each figure.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+import numpy.typing as npt
+import pandas as pd
+
+from placement.choice import choose_ranks, ranks_of_experts
+from placement.cost import mixed_order
+from placement.placement_map import PlacementMap
+from profiler.trace import TokenTrace
+
+Floats = npt.NDArray[np.float64]
+
+FIGURES = ("busiest_ingress", "fan_out", "imbalance_ratio")
+
+
+def bootstrap(
+    maps: Mapping[str, PlacementMap], tokens: TokenTrace, num_draws: int = 400, seed: int = 0, level: float = 0.95
+) -> pd.DataFrame:
+    """Intervals of the figures of several maps, and of their gains.
+
+    Returns:
+        A row for each map and figure: `map`, `figure` (busiest_ingress, fan_out or imbalance_ratio, mean over layers),
+        `value`, `low` and `high`, the percentile interval at `level`; and for every other map `over_<map>`, the share
+        by which this one is lower, with `over_<map>_low` and `over_<map>_high`.  With one sequence all ends are equal:
+        it says nothing about others.
+    """
+    rng = np.random.default_rng(seed)
+    num_sequences = len(np.unique(tokens.sequence_ids))
+    weights_BS = rng.multinomial(num_sequences, np.full(num_sequences, 1 / num_sequences), size=num_draws)
+    weights_BS = np.concatenate([np.ones((1, num_sequences)), weights_BS])  # the first row is what was observed
+    drawn = {name: _figures(placement, tokens, weights_BS) for name, placement in maps.items()}
+    tails = [(1 - level) / 2, (1 + level) / 2]
+    rows = []
+    for name, figures in drawn.items():
+        for figure, values_B in figures.items():
+            low, high = np.quantile(values_B[1:], tails)
+            row = {"map": name, "figure": figure, "value": values_B[0], "low": low, "high": high}
+            for other, others in drawn.items():
+                gain_B = 1 - values_B / others[figure]
+                low, high = np.quantile(gain_B[1:], tails)
+                row |= {f"over_{other}": gain_B[0], f"over_{other}_low": low, f"over_{other}_high": high}
+            rows.append(row)
+    return pd.DataFrame(rows)
+
+
+def _figures(placement: PlacementMap, tokens: TokenTrace, weights_BS: Floats) -> dict[str, Floats]:
+    """Each figure's mean over layers, float64 (B,), with the sequences weighted as each row says."""
+    sequences, place_T = np.unique(tokens.sequence_ids, return_inverse=True)
+    length_B = weights_BS @ np.bincount(place_T)
+    num_ranks = placement.topology.num_ranks
+    sums = {name: np.zeros(len(weights_BS)) for name in FIGURES}
+    for ids_TK, ranks_TK in zip(tokens.topk_ids, serving_ranks(placement, tokens), strict=True):
+        assert len(ids_TK) == len(ranks_TK)
+        reached_SR, load_SR = np.zeros((2, len(sequences), num_ranks))
+        served_TR = np.zeros((len(ranks_TK), num_ranks + 1), dtype=np.int64)  # the last one gathers no expert
+        np.add.at(served_TR, (np.arange(len(ranks_TK))[:, None], ranks_TK), 1)
+        for rank in range(num_ranks):
+            load_SR[:, rank] = np.bincount(place_T, served_TR[:, rank], minlength=len(sequences))
+            reached_SR[:, rank] = np.bincount(place_T, served_TR[:, rank] > 0, minlength=len(sequences))
+        ingress_BR = weights_BS @ reached_SR / length_B[:, None]
+        load_BR = weights_BS @ load_SR
+        sums["busiest_ingress"] += ingress_BR.max(axis=1)
+        sums["fan_out"] += ingress_BR.sum(axis=1)
+        sums["imbalance_ratio"] += load_BR.max(axis=1) / load_BR.mean(axis=1)
+    return {name: total / len(tokens.topk_ids) for name, total in sums.items()}
+
+
+def serving_ranks(placement: PlacementMap, tokens: TokenTrace) -> npt.NDArray[np.int64]:
+    """The rank that serves each pick, int64 (L, T, K), -1 for no expert; copies are chosen as `cost.evaluate` does."""
+    topology = placement.topology
+    order = mixed_order(tokens.num_tokens)
+    out = np.empty(tokens.topk_ids.shape, dtype=np.int64)
+    layers = zip(tokens.topk_ids, tokens.picked, placement.physical_to_logical_map, out, strict=True)
+    for ids_TK, picked_TK, slots_P, out_TK in layers:
+        ranks_EX = ranks_of_experts(slots_P, placement.model.num_experts, topology.slots_per_rank)
+        experts_TK = np.where(picked_TK, ids_TK, -1).astype(np.int64)[order]
+        load = np.zeros(topology.num_ranks)
+        out_TK[order] = choose_ranks(experts_TK, np.ascontiguousarray(ranks_EX), topology.ranks_per_node, load)
+    return out
+
+
+def fan_out_counts(placement: PlacementMap, tokens: TokenTrace) -> npt.NDArray[np.int64]:
+    """Tokens by the number of distinct ranks that serve them, int64 (L, 1 + min(K, R)); a row's sum is T."""
+    most = min(placement.model.top_k, placement.topology.num_ranks)
+    rows = []
+    for ranks_TK in np.sort(serving_ranks(placement, tokens), axis=2):
+        distinct_T = (ranks_TK[:, :1] >= 0).sum(axis=1) + (
+            (ranks_TK[:, 1:] != ranks_TK[:, :-1]) & (ranks_TK[:, 1:] >= 0)
+        ).sum(axis=1)
+        rows.append(np.bincount(distinct_T, minlength=1 + most))
+    return np.stack(rows)

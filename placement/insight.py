@@ -1,0 +1,197 @@
+"""All that is known about one profile and one plan, gathered for people: what the report and `coterie inspect` show.
+
+Knows no solver: plans other than the given one come from functions that the caller passes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from functools import cached_property
+
+import numpy as np
+import pandas as pd
+
+from placement.bootstrap import bootstrap
+from placement.cost import Metrics, evaluate
+from placement.placement_map import PlacementMap
+from placement.runtime.bench import BenchResult
+from placement.sufficiency import Planner, Recommendation, convergence, recommend, some_layers, split_half, transfer
+from placement.topology import Topology
+from profiler.analysis import affinity_table, community_table, expert_table, load_table
+from profiler.drift import domain_table
+from profiler.errors import CoterieError
+from profiler.profile import Profile
+
+WORTH_IT_FROM = 0.03
+"""A plan that is not this much better than load-only on traffic it has not seen is not worth deploying."""
+MAX_LAYERS_STUDIED = 4
+MAX_DOMAINS_STUDIED = 12
+
+
+@dataclass(frozen=True)
+class Study:
+    """What only planning again can tell, on layers at equal distances.
+
+    Attributes:
+        layer_ids: the layers planned for.
+        curve: as `sufficiency.convergence` gives it.
+        halves: as `sufficiency.split_half`.
+        transfer: as `sufficiency.transfer`; empty with one domain.
+    """
+
+    layer_ids: tuple[int, ...]
+    curve: pd.DataFrame
+    halves: pd.DataFrame
+    transfer: pd.DataFrame
+
+    @cached_property
+    def recommendation(self) -> Recommendation:
+        """How many tokens are enough."""
+        return recommend(self.curve)
+
+
+@dataclass(frozen=True)
+class Insight:
+    """One profile and one plan.
+
+    Attributes:
+        profile: whose counts and domains are shown.
+        measured: what `maps` were measured on.
+        seen: whether the plan was made with the tokens measured on.
+        maps: by name, `linear`, `load` where it could be planned, and `plan`.
+        metrics: of each map.
+        intervals: as `bootstrap.bootstrap` gives them.
+        experts, loads, communities, community_of_expert, affinity, domains: tables of `profiler.analysis` and `drift`.
+        study: None where it was not asked for.
+        bench: the run that was measured, if there was one.
+    """
+
+    profile: Profile
+    measured: Profile
+    seen: bool
+    maps: Mapping[str, PlacementMap]
+    metrics: Mapping[str, Metrics]
+    intervals: pd.DataFrame
+    experts: pd.DataFrame
+    loads: pd.DataFrame
+    communities: pd.DataFrame
+    community_of_expert: pd.DataFrame
+    affinity: pd.DataFrame
+    domains: pd.DataFrame
+    study: Study | None
+    bench: BenchResult | None
+
+    @property
+    def plan(self) -> PlacementMap:
+        """The plan that all is about."""
+        return self.maps["plan"]
+
+    def interval(self, name: str, figure: str = "busiest_ingress") -> pd.Series[float]:
+        """A row of `intervals`."""
+        rows = self.intervals[(self.intervals["map"] == name) & (self.intervals["figure"] == figure)]
+        return rows.iloc[0]
+
+
+def gather(
+    profile: Profile,
+    placement: PlacementMap,
+    *,
+    held_out: Profile | None = None,
+    load_only: Planner | None = None,
+    study: Study | None = None,
+    bench: BenchResult | None = None,
+) -> Insight:
+    """Compute every table.
+
+    Args:
+        profile: what the plan was made with, or any other traffic of the model.
+        held_out: measure on this; where None, on the half of the profile that the plan has not seen.
+        load_only: plans for balance alone, the peer that a plan has to beat.
+        bench: the run to show beside them.
+
+    Raises:
+        CoterieError: plan or bench are for another model or other ranks, or the profile holds counts only.
+    """
+    placement.require_model(profile.model)
+    if held_out:
+        placement.require_model(held_out.model)
+    ranks = placement.topology.num_ranks
+    if bench is not None and bench.num_ranks != ranks:
+        raise CoterieError(f"the bench ran on {bench.num_ranks} ranks, the plan is for {ranks}; bench this plan")
+    planned, measured, seen = planned_and_measured(profile, placement, held_out)
+    tokens = measured.require_tokens()
+    topology = Topology.for_experts(
+        profile.model.num_experts, ranks, placement.topology.num_nodes, links=placement.topology.links
+    )
+    maps = {"linear": PlacementMap.linear(profile.model, topology)}
+    if load_only:
+        maps["load"] = load_only(planned)
+    maps["plan"] = placement
+    communities, community_of_expert = community_table(profile)
+    return Insight(
+        profile=profile,
+        measured=measured,
+        seen=seen,
+        maps=maps,
+        metrics={name: evaluate(each, tokens) for name, each in maps.items()},
+        intervals=bootstrap(maps, tokens),
+        experts=expert_table(profile),
+        loads=load_table(profile),
+        communities=communities,
+        community_of_expert=community_of_expert,
+        affinity=affinity_table(profile),
+        domains=domain_table(profile),
+        study=study,
+        bench=bench,
+    )
+
+
+def planned_and_measured(
+    profile: Profile, placement: PlacementMap, held_out: Profile | None
+) -> tuple[Profile, Profile, bool]:
+    """What to plan peers with, what to measure on, and whether the plan has seen that.
+
+    A plan that was compared on one half of its own profile has not seen that half; one made with all of it has.
+    """
+    if held_out is not None:
+        return profile, held_out, held_out.digest == placement.profile_digest
+    tokens = profile.require_tokens()
+    if len(np.unique(tokens.sequence_ids)) < 2:
+        return profile, profile, placement.profile_digest == profile.digest
+    even, odd = profile.split_by_sequence()
+    if placement.profile_digest != profile.digest:
+        return even, odd, False
+    used = [figures["tokens_planned_on"] for figures in (placement.metrics or {}).values()]
+    return even, odd, not used or used[0] != even.require_tokens().num_tokens
+
+
+def study_data(
+    profile: Profile, placement: PlacementMap, held_out: Profile | None, planner: Planner, on_plan: Callable[[], None]
+) -> Study | None:
+    """Plan again and again, on few layers; None where there are too few sequences for that.
+
+    Args:
+        planner: for profiles with the layers that `sufficiency.some_layers` takes.
+        on_plan: called as each of `num_study_plans` is done.
+    """
+    planned, measured, _ = planned_and_measured(profile, placement, held_out)
+    if len(np.unique(planned.require_tokens().sequence_ids)) < 4:
+        return None
+    planned, layers = some_layers(planned, MAX_LAYERS_STUDIED)
+    measured, _ = some_layers(measured, MAX_LAYERS_STUDIED)
+    tokens = measured.require_tokens()
+    curve = convergence(planned, tokens, planner, on_plan=on_plan)
+    halves = split_half(planned, tokens, planner, on_plan=on_plan)
+    own = replace(
+        placement,
+        model=planned.model,
+        physical_to_logical_map=placement.physical_to_logical_map[layers],
+        metrics=None,
+        certificate=None,
+    )
+    linear = PlacementMap.linear(planned.model, Topology.for_experts(planned.model.num_experts, own.topology.num_ranks))
+    largest = sorted(range(len(planned.domains)), key=lambda domain: -planned.counts.tokens[domain])
+    names = [planned.domains[domain] for domain in sorted(largest[:MAX_DOMAINS_STUDIED])]
+    across = transfer(planned, measured, planner, {"linear": linear, "this plan": own}, names, on_plan=on_plan)
+    return Study(planned.model.layer_ids, curve, halves, across)
