@@ -35,8 +35,8 @@ def bootstrap(
     """
     rng = np.random.default_rng(seed)
     num_sequences = len(np.unique(tokens.sequence_ids))
-    weights_BS = rng.multinomial(num_sequences, np.full(num_sequences, 1 / num_sequences), size=num_draws)
-    weights_BS = np.concatenate([np.ones((1, num_sequences)), weights_BS])  # the first row is what was observed
+    drawn_BS = rng.multinomial(num_sequences, np.full(num_sequences, 1 / num_sequences), size=num_draws)
+    weights_BS = np.concatenate([np.ones((1, num_sequences)), drawn_BS])  # the first row is what was observed
     drawn = {name: _figures(placement, tokens, weights_BS) for name, placement in maps.items()}
     tails = [(1 - level) / 2, (1 + level) / 2]
     rows = []

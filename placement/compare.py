@@ -9,17 +9,15 @@ from typing import Any
 import numpy as np
 
 from placement.certify import certify
-from placement.cost import Choice, Metrics, evaluate, summarise
+from placement.cost import Choice, evaluate, summarise
+from placement.insight import WORTH_IT_FROM
 from placement.placement_map import PlacementMap
 from placement.solvers import ALWAYS_COMPARED, Options, layer_problems, plan
-from placement.timing import LayerTime, Workload, predicted_time
+from placement.timing import Workload, time_of
 from placement.topology import Topology
 from profiler.errors import CoterieError
 from profiler.profile import Profile
 from profiler.trace import TokenTrace
-
-WORTH_IT_FROM = 0.03
-"""A plan that is not this much better than load-only on traffic it has not seen is not worth deploying."""
 
 LOSS_TO_WARN_OF = 0.05
 
@@ -85,16 +83,6 @@ def measure(
     if time is not None:
         figures["predicted_time"] = summarise(time.total)
     return figures
-
-
-def time_of(placement: PlacementMap, metrics: Metrics, workload: Workload) -> LayerTime | None:
-    """The predicted time of each layer; None where the links or the model's sizes are not known."""
-    model, topology = placement.model, placement.topology
-    if topology.links is None or not (model.hidden_size and model.expert_size):
-        return None
-    # Pairs over tokens: what no expert takes is no load.
-    load_LR = metrics.load_share * model.top_k * metrics.picked_share[:, None]
-    return predicted_time(metrics.ingress, metrics.node_ingress, load_LR, model, topology, workload)
 
 
 def verdict(metrics: Mapping[str, Any], strategy: str) -> list[str]:

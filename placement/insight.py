@@ -18,7 +18,7 @@ from placement.placement_map import PlacementMap
 from placement.runtime.bench import BenchResult
 from placement.sufficiency import Planner, Recommendation, convergence, recommend, some_layers, split_half, transfer
 from placement.topology import Topology
-from profiler.analysis import affinity_table, community_table, expert_table, load_table
+from profiler.analysis import affinity_table, collaborator_table, community_table, expert_table, load_table
 from profiler.drift import domain_table
 from profiler.errors import CoterieError
 from profiler.profile import Profile
@@ -26,6 +26,7 @@ from profiler.profile import Profile
 WORTH_IT_FROM = 0.03
 """A plan that is not this much better than load-only on traffic it has not seen is not worth deploying."""
 MAX_LAYERS_STUDIED = 4
+NUM_SIZES = 6
 MAX_DOMAINS_STUDIED = 12
 
 
@@ -62,6 +63,7 @@ class Insight:
         maps: by name, `linear`, `load` where it could be planned, and `plan`.
         metrics: of each map.
         intervals: as `bootstrap.bootstrap` gives them.
+        pairs: `analysis.collaborator_table` with `excess`, the tokens beyond chance.
         experts, loads, communities, community_of_expert, affinity, domains: tables of `profiler.analysis` and `drift`.
         study: None where it was not asked for.
         bench: the run that was measured, if there was one.
@@ -77,6 +79,7 @@ class Insight:
     loads: pd.DataFrame
     communities: pd.DataFrame
     community_of_expert: pd.DataFrame
+    pairs: pd.DataFrame
     affinity: pd.DataFrame
     domains: pd.DataFrame
     study: Study | None
@@ -140,11 +143,19 @@ def gather(
         loads=load_table(profile),
         communities=communities,
         community_of_expert=community_of_expert,
+        pairs=strongest_pairs(profile),
         affinity=affinity_table(profile),
         domains=domain_table(profile),
         study=study,
         bench=bench,
     )
+
+
+def strongest_pairs(profile: Profile) -> pd.DataFrame:
+    """Each expert's three strongest partners, with `excess`: how many tokens more than chance both serve."""
+    pairs = collaborator_table(profile, top=3)
+    pairs["excess"] = pairs["together"] * (1 - 1 / pairs["lift"])
+    return pairs
 
 
 def planned_and_measured(
@@ -167,13 +178,17 @@ def planned_and_measured(
 
 
 def study_data(
-    profile: Profile, placement: PlacementMap, held_out: Profile | None, planner: Planner, on_plan: Callable[[], None]
+    profile: Profile,
+    placement: PlacementMap,
+    held_out: Profile | None,
+    planner: Planner,
+    on_plan: Callable[[int], None] = lambda _: None,
 ) -> Study | None:
     """Plan again and again, on few layers; None where there are too few sequences for that.
 
     Args:
         planner: for profiles with the layers that `sufficiency.some_layers` takes.
-        on_plan: called as each of `num_study_plans` is done.
+        on_plan: called as each plan is done, with how many there will be.
     """
     planned, measured, _ = planned_and_measured(profile, placement, held_out)
     if len(np.unique(planned.require_tokens().sequence_ids)) < 4:
@@ -181,17 +196,25 @@ def study_data(
     planned, layers = some_layers(planned, MAX_LAYERS_STUDIED)
     measured, _ = some_layers(measured, MAX_LAYERS_STUDIED)
     tokens = measured.require_tokens()
-    curve = convergence(planned, tokens, planner, on_plan=on_plan)
-    halves = split_half(planned, tokens, planner, on_plan=on_plan)
-    own = replace(
+    num_tokens, topology = planned.counts.tokens, placement.topology
+    largest = np.argsort(-num_tokens, kind="stable")[:MAX_DOMAINS_STUDIED]
+    names = [planned.domains[domain] for domain in sorted(largest) if num_tokens[domain]]
+    total = 2 * (NUM_SIZES - 1) + 1 + 2 + (len(names) if len(names) > 1 else 0)
+
+    def done() -> None:
+        on_plan(total)
+
+    curve = convergence(planned, tokens, planner, num_sizes=NUM_SIZES, on_plan=done)
+    halves = split_half(planned, tokens, planner, on_plan=done)
+    this = replace(
         placement,
         model=planned.model,
         physical_to_logical_map=placement.physical_to_logical_map[layers],
         metrics=None,
         certificate=None,
     )
-    linear = PlacementMap.linear(planned.model, Topology.for_experts(planned.model.num_experts, own.topology.num_ranks))
-    largest = sorted(range(len(planned.domains)), key=lambda domain: -planned.counts.tokens[domain])
-    names = [planned.domains[domain] for domain in sorted(largest[:MAX_DOMAINS_STUDIED])]
-    across = transfer(planned, measured, planner, {"linear": linear, "this plan": own}, names, on_plan=on_plan)
+    linear = PlacementMap.linear(
+        planned.model, Topology.for_experts(planned.model.num_experts, topology.num_ranks, topology.num_nodes)
+    )
+    across = transfer(planned, measured, planner, {"linear": linear, "this plan": this}, names, on_plan=done)
     return Study(planned.model.layer_ids, curve, halves, across)

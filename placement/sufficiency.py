@@ -53,7 +53,7 @@ def convergence(
     """
     tokens = planned.require_tokens()
     sizes = np.unique(np.maximum(tokens.num_tokens / 2.0 ** np.arange(num_sizes), FEWEST_TOKENS).astype(int))
-    sizes = sizes[sizes <= tokens.num_tokens] if tokens.num_tokens > FEWEST_TOKENS else [tokens.num_tokens]
+    sizes = np.unique(np.minimum(sizes, tokens.num_tokens))
     sequences, place_T = np.unique(tokens.sequence_ids, return_inverse=True)
     length_S = np.bincount(place_T)
     rows = []

@@ -31,6 +31,8 @@ from profiler.errors import CoterieError
 from profiler.spec import MoESpec
 
 if TYPE_CHECKING:
+    from placement.cost import Metrics
+    from placement.placement_map import PlacementMap
     from placement.solvers.contract import Objective
 
 Floats = npt.NDArray[np.float64]
@@ -119,6 +121,16 @@ def predicted_time(
     active = active_share(spec, num_tokens) * topology.slots_per_rank
     expert = product_seconds(links, rows, active, *sizes) + activation_seconds(links, rows, *sizes[:2])
     return LayerTime(dispatch, expert, combine)
+
+
+def time_of(placement: PlacementMap, metrics: Metrics, workload: Workload) -> LayerTime | None:
+    """The predicted time of each layer; None where the links or the model's sizes are not known."""
+    model, topology = placement.model, placement.topology
+    if topology.links is None or not (model.hidden_size and model.expert_size):
+        return None
+    # Pairs over tokens: what no expert takes is no load.
+    load_LR = metrics.load_share * model.top_k * metrics.picked_share[:, None]
+    return predicted_time(metrics.ingress, metrics.node_ingress, load_LR, model, topology, workload)
 
 
 def linear_costs(spec: MoESpec, topology: Topology, workload: Workload) -> Objective:

@@ -71,7 +71,7 @@ def expert_table(profile: Profile, top: int | None = None) -> pd.DataFrame:
     load_LE, pairs_LEE = total_load(profile), total_coactivation(profile)
     num_layers, num_experts = load_LE.shape
     top = max(profile.model.top_k - 1, 1) if top is None else top
-    if not 1 <= top:
+    if not top >= 1:
         raise CoterieError(f"top {top}: must be at least 1 partner")
     relative_LE = relative_load(load_LE)
     collaborators_LE = 2.0 ** entropy(pairs_LEE)
@@ -146,11 +146,11 @@ def community_table(profile: Profile, seed: int = 0) -> tuple[pd.DataFrame, pd.D
     loads_LE, pairs_LEE = total_load(profile), total_coactivation(profile)
     for layer, load_E, pairs_EE in zip(profile.model.layer_ids, loads_LE, pairs_LEE, strict=True):
         graph = nx.from_numpy_array(pairs_EE)
-        found = nx.community.louvain_communities(graph, weight="weight", seed=seed) if pairs_EE.any() else []
-        found = sorted((sorted(part) for part in found), key=lambda part: (-load_E[part].sum(), part))
+        parts = nx.community.louvain_communities(graph, weight="weight", seed=seed) if pairs_EE.any() else []
+        found = sorted(parts, key=lambda part: (-load_E[sorted(part)].sum(), min(part)))
         community_E = np.arange(len(load_E)) if not found else np.empty(len(load_E), dtype=np.int64)
         for number, part in enumerate(found):
-            community_E[part] = number
+            community_E[sorted(part)] = number
         of_layers.append(
             {
                 "layer": layer,
@@ -226,7 +226,7 @@ def flow_table(profile: Profile, top: int = 3) -> pd.DataFrame:
 
 
 def sharing_table(profile: Profile, rank_of_expert: Int64s) -> pd.DataFrame:
-    """How much of each expert's collaboration stays on its rank under a map, Occult's (arXiv 2505.13345) intra and inter.
+    """How much of each expert's collaboration stays on its rank: intra and inter of Occult (arXiv 2505.13345).
 
     Args:
         rank_of_expert: int64 (L, E).
@@ -280,17 +280,20 @@ def collaboration_graph(coactivation_EE: Int64s, load_E: Int64s, edges_per_exper
 
 def total_load(profile: Profile) -> Int64s:
     """Tokens that picked each expert, over all domains, int64 (L, E)."""
-    return profile.counts.load.sum(axis=0)
+    total: Int64s = profile.counts.load.sum(axis=0)
+    return total
 
 
 def total_coactivation(profile: Profile) -> Int64s:
     """Tokens that picked both experts, over all domains, int64 (L, E, E)."""
-    return profile.counts.coactivation.sum(axis=0)
+    total: Int64s = profile.counts.coactivation.sum(axis=0)
+    return total
 
 
 def relative_load(load_LE: Int64s) -> Floats:
     """Load over the layer's mean, float64 (L, E); all zero where a layer has no load."""
-    return load_LE / np.maximum(load_LE.mean(axis=1, keepdims=True), 1e-300)
+    relative: Floats = load_LE / np.maximum(load_LE.mean(axis=1, keepdims=True), 1e-300)
+    return relative
 
 
 def lift(coactivation_EE: Int64s, load_E: Int64s) -> Floats:

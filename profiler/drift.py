@@ -146,7 +146,7 @@ def domain_expert_table(profile: Profile) -> pd.DataFrame:
     return pd.concat(frames, ignore_index=True)
 
 
-def jensen_shannon(first: Floats, second: Floats) -> Floats:
+def jensen_shannon(first: npt.NDArray[np.floating], second: npt.NDArray[np.floating]) -> Floats:
     """Divergence in bits of counts along the last axis, each side scaled to 1; 0 where a side is empty."""
     sides = [np.asarray(side, dtype=np.float64) for side in (first, second)]
     sums = [side.sum(axis=-1, keepdims=True) for side in sides]

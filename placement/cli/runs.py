@@ -1,4 +1,4 @@
-"""`coterie bench`, `report` and `demo`: what a plan bought in a real run, and a page that shows it."""
+"""`coterie bench` and `demo`: what a plan bought in a real run, and the whole chain on the embedded model."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from placement.cli.app import Data, Json, Ranks, app, notes, print_json, tables
+from placement.cli.insights import report
 from placement.cli.plans import plan
 from placement.cli.profiles import profile
 from placement.cli.tables import bench_table
@@ -66,30 +67,6 @@ def bench(
 
 
 @app.command()
-def report(
-    run: Annotated[Path, typer.Argument(help="Profile folder to draw.")],
-    plan_file: Annotated[Path, typer.Argument(metavar="PLAN", help="Placement map to show.")],
-    bench_file: Annotated[Path | None, typer.Argument(metavar="[BENCH]", help="Bench result to show too.")] = None,
-    out: Annotated[Path, typer.Option("-o", "--out", help="HTML page to write.")] = Path("report.html"),
-) -> None:
-    """Write one self-contained HTML page: heatmaps, the collaboration graph, load and ingress before and after.
-
-    Example: coterie report run.profile plan.json bench.json -o report.html
-    """
-    from placement.placement_map import PlacementMap
-    from placement.report import write_report
-    from placement.runtime.bench import BenchResult
-    from profiler.profile import Profile
-
-    require_writable(out)
-    recorded, placement = Profile.load_from(run), PlacementMap.load_from(plan_file)
-    measured = BenchResult.load_from(bench_file) if bench_file else None
-    with notes.status("drawing"):
-        write_report(recorded, placement, measured, out)
-    notes.print(f"wrote {out}")
-
-
-@app.command()
 def demo(
     out: Annotated[Path, typer.Option("-o", "--out", help="Folder to write into.")] = Path("coterie-demo"),
     ranks: Ranks = 4,
@@ -114,5 +91,5 @@ def demo(
     notes.rule("3 of 4: what does that buy in a real run?")
     bench(plan_file, out=bench_file)
     notes.rule("4 of 4: see it")
-    report(held_out, plan_file, bench_file, out=page)
+    report(calibration, plan_file, bench_file, held_out=held_out, out=page)
     notes.print(f"open {page} in a browser")

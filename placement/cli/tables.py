@@ -6,12 +6,14 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from rich.box import SIMPLE_HEAD
+from rich.console import Group
 from rich.table import Table
 
 if TYPE_CHECKING:
     from placement.placement_map import PlacementMap
     from placement.runtime.bench import BenchResult
     from profiler.folder import StoredProfile
+    from profiler.profile import Profile
 
 
 def profile_table(stored: StoredProfile) -> Table:
@@ -152,3 +154,44 @@ def bench_table(result: BenchResult) -> Table:
             f"{row.speed_up:.2f}",
         )
     return table
+
+
+def load_summary(recorded: Profile) -> dict[str, Any]:
+    """What a profile shows without a plan: model, tokens, domains, and the layers' tables."""
+    from profiler.analysis import community_table, load_table
+    from profiler.drift import domain_table
+
+    layers = load_table(recorded).merge(community_table(recorded)[0], on="layer")
+    domains = domain_table(recorded) if recorded.tokens is not None else None
+    return {
+        "model": recorded.model.describe(),
+        "tokens": recorded.num_tokens,
+        "layers": layers.to_dict("records"),
+        "domains": [] if domains is None else domains.to_dict("records"),
+    }
+
+
+def insight_tables(summary: Mapping[str, Any]) -> Group:
+    """A screenful: at most a dozen layers, the least even first, and the domains."""
+    table = Table(title=f"{summary['model']}, {summary['tokens']:,} tokens", title_justify="left", box=SIMPLE_HEAD)
+    for column in ("layer", "imbalance\nratio", "hottest\nexpert", "hot", "cold", "dead", "communities", "modularity"):
+        table.add_column(column, justify="right")
+    shown = sorted(summary["layers"], key=lambda row: -row["imbalance_ratio"])[:12]
+    for row in shown:
+        ratio, modularity = f"{row['imbalance_ratio']:.2f}", f"{row['modularity']:.2f}"
+        counts = [str(row[name]) for name in ("hottest", "hot", "cold", "dead", "communities")]
+        table.add_row(str(row["layer"]), ratio, *counts, modularity)
+    if len(shown) < len(summary["layers"]):
+        table.caption = f"the {len(shown)} least even of {len(summary['layers'])} layers"
+    parts = [table]
+    if summary["domains"]:
+        domains = Table(title="each domain against the others", title_justify="left", box=SIMPLE_HEAD)
+        domains.add_column("domain")
+        for column in ("tokens", "load distance, bits", "noise", "p"):
+            domains.add_column(column, justify="right")
+        domains.add_column("stands out")
+        for row in summary["domains"][:12]:
+            figures = [f"{row[name]:.3f}" for name in ("load_distance", "load_noise", "load_p")]
+            domains.add_row(row["domain"], f"{row['tokens']:,}", *figures, row["hottest"])
+        parts.append(domains)
+    return Group(*parts)

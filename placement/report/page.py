@@ -1,4 +1,4 @@
-"""From artifacts to the page: collects figures and tables, fills the template."""
+"""From what is known about a plan to the page: fills the template."""
 
 from __future__ import annotations
 
@@ -7,58 +7,43 @@ from pathlib import Path
 import jinja2
 import numpy as np
 
-from placement.cost import evaluate
-from placement.placement_map import PlacementMap
-from placement.report import figures
-from placement.runtime.bench import BenchResult
-from profiler.errors import CoterieError
+from placement.insight import Insight
+from placement.report.comparison import compare_with_run
+from placement.report.payload import payload, to_script
+from placement.verdict import answers
 from profiler.files import write_text
-from profiler.profile import Profile
-
-MAX_LAYERS_SHOWN = 8
-"""Layers whose pictures are drawn, at equal distances; every layer counts in the tables."""
 
 
-def write_report(profile: Profile, placement: PlacementMap, bench: BenchResult | None, path: Path) -> None:
+def write_report(insight: Insight, path: Path) -> None:
     """Write the page.
 
-    Args:
-        profile: what the pictures and per-rank figures are drawn from; any traffic of the model, best one that the
-            plan has not seen.
-        bench: the run to show beside them, if there was one.
-
     Raises:
-        CoterieError: the map is for another model, the bench for other ranks, or the page cannot be written.
+        CoterieError: the page cannot be written.
     """
-    placement.require_model(profile.model)
-    if bench is not None and bench.num_ranks != placement.topology.num_ranks:
-        raise CoterieError(
-            f"the bench ran on {bench.num_ranks} ranks, the plan is for {placement.topology.num_ranks}; bench this plan"
-        )
-    tokens = profile.require_tokens()
-    linear = PlacementMap.linear(profile.model, placement.topology)
-    before, after = evaluate(linear, tokens), evaluate(placement, tokens)
-    shown = np.unique(np.linspace(0, profile.model.num_layers - 1, MAX_LAYERS_SHOWN).round().astype(int)).tolist()
-    layers = [
-        {
-            "id": profile.model.layer_ids[layer],
-            "heatmaps": figures.heatmaps(profile, placement, layer),
-            "graph": figures.graph(profile, placement, layer),
-            "ranks": figures.ranks(before, after, layer),
-        }
-        for layer in shown
-    ]
+    write_text(path, render(insight))
+
+
+def render(insight: Insight) -> str:
+    """The page's HTML: it needs nothing from outside."""
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("placement.report", "."), autoescape=True, undefined=jinja2.StrictUndefined
     )
-    page = environment.get_template("page.html.jinja").render(
-        model=profile.model,
-        placement=placement,
-        num_tokens=profile.num_tokens,
-        before=before.summary(),
-        after=after.summary(),
-        seen=placement.profile_digest == profile.digest,
-        layers=layers,
-        bench=bench,
+    plan = insight.plan
+    tokens = insight.measured.require_tokens()
+    source = environment.loader
+    assert source
+    style, script = (source.get_source(environment, name)[0] for name in ("page.css", "page.js"))
+    return environment.get_template("page.html.jinja").render(
+        style=style,
+        script=script,
+        payload=to_script(payload(insight)),
+        insight=insight,
+        model=plan.model,
+        plan=plan,
+        answers=answers(insight),
+        num_tokens=insight.profile.num_tokens,
+        num_measured=tokens.num_tokens,
+        num_sequences=len(np.unique(tokens.sequence_ids)),
+        bench=insight.bench,
+        comparison=compare_with_run(insight),
     )
-    write_text(path, page)

@@ -1,0 +1,142 @@
+"""`coterie inspect` and `coterie report`: what a profile and a plan mean, in a screenful and on a page."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from placement.cli.app import Json, app, notes, print_json, progress_bar, tables
+from placement.cli.tables import insight_tables, load_summary
+from profiler.files import require_writable
+
+if TYPE_CHECKING:
+    from placement.insight import Insight, Study
+    from placement.placement_map import PlacementMap
+    from placement.runtime.bench import BenchResult
+    from placement.sufficiency import Planner
+    from profiler.profile import Profile
+
+STUDY_KICKS = 8
+"""Rounds of the search in plans that are only compared with each other; all of them get as many."""
+
+HeldOut = Annotated[
+    Path | None, typer.Option(help="Profile to measure on; the half of RUN that the plan has not seen if left out.")
+]
+WithStudy = Annotated[
+    bool, typer.Option("--study/--no-study", help="Plan again from less text and by domain: was there enough?")
+]
+
+
+@app.command()
+def inspect(
+    run: Annotated[Path, typer.Argument(help="Profile folder; best the one that was planned with.")],
+    plan_file: Annotated[Path | None, typer.Argument(metavar="[PLAN]", help="Placement map to judge.")] = None,
+    held_out: HeldOut = None,
+    study: WithStudy = True,
+    as_json: Json = False,
+) -> None:
+    """Say in a screenful what a profile shows and whether a plan is worth it.
+
+    Example: coterie inspect run.profile plan.json
+    """
+    import dataclasses
+
+    from placement.placement_map import PlacementMap
+    from placement.verdict import answers
+    from profiler.profile import Profile
+
+    recorded = Profile.load_from(run)
+    if plan_file is None:
+        summary = load_summary(recorded)
+        print_json(summary) if as_json else tables.print(insight_tables(summary))
+        notes.print("give a plan to judge it: coterie inspect RUN PLAN")
+        return
+    unseen = Profile.load_from(held_out) if held_out else None
+    insight = gather_all(recorded, PlacementMap.load_from(plan_file), unseen, None, study)
+    found = answers(insight)
+    if as_json:
+        print_json({name: dataclasses.asdict(answer) for name, answer in found.items()})
+        return
+    tones = {"good": "green", "bad": "red", "unsure": "yellow", "plain": "cyan"}
+    tables.print(
+        f"[bold]{insight.plan.model.describe()}[/] on {insight.plan.topology.num_ranks} ranks", highlight=False
+    )
+    for answer in found.values():
+        tables.print(f"\n[dim]{answer.question}[/] [bold {tones[answer.tone]}]{answer.headline}[/]", highlight=False)
+        tables.print(" ".join(answer.sentences), highlight=False, markup=False)
+
+
+@app.command()
+def report(
+    run: Annotated[Path, typer.Argument(help="Profile folder; best the one that was planned with.")],
+    plan_file: Annotated[Path, typer.Argument(metavar="PLAN", help="Placement map to show.")],
+    bench_file: Annotated[Path | None, typer.Argument(metavar="[BENCH]", help="Bench result to show too.")] = None,
+    out: Annotated[Path, typer.Option("-o", "--out", help="HTML page to write.")] = Path("report.html"),
+    held_out: HeldOut = None,
+    study: WithStudy = True,
+) -> None:
+    """Write one self-contained HTML page that says what the plan buys, where, and how sure that is.
+
+    Example: coterie report run.profile plan.json bench.json -o report.html
+    """
+    from placement.placement_map import PlacementMap
+    from placement.report import write_report
+    from placement.runtime.bench import BenchResult
+    from profiler.profile import Profile
+
+    require_writable(out)
+    recorded, placement = Profile.load_from(run), PlacementMap.load_from(plan_file)
+    unseen = Profile.load_from(held_out) if held_out else None
+    measured = BenchResult.load_from(bench_file) if bench_file else None
+    insight = gather_all(recorded, placement, unseen, measured, study)
+    with notes.status("drawing"):
+        write_report(insight, out)
+    notes.print(f"wrote {out}")
+
+
+def gather_all(
+    recorded: Profile,
+    placement: PlacementMap,
+    held_out: Profile | None,
+    bench: BenchResult | None,
+    with_study: bool,
+) -> Insight:
+    """`insight.gather` with the planners that it is given here, where solvers are known."""
+    from placement.insight import gather
+
+    with notes.status("measuring"):
+        early = gather(recorded, placement, held_out=held_out, load_only=_planner(placement, "load"), bench=bench)
+    if not with_study:
+        return early
+    from dataclasses import replace
+
+    return replace(early, study=_study(recorded, placement, held_out))
+
+
+def _study(recorded: Profile, placement: PlacementMap, held_out: Profile | None) -> Study | None:
+    from placement.insight import study_data
+
+    with progress_bar("plans") as advance_to:
+        done = 0
+
+        def on_plan(total: int) -> None:
+            nonlocal done
+            done += 1
+            advance_to(done, total)
+
+        return study_data(recorded, placement, held_out, _planner(placement, "search", STUDY_KICKS), on_plan)
+
+
+def _planner(placement: PlacementMap, strategy: str, num_kicks: int | None = None) -> Planner:
+    """Plans of a strategy for the plan's own topology."""
+    from placement.solvers import Options, plan
+
+    slots = int((placement.physical_to_logical_map[0] >= 0).sum())
+    options = Options(num_redundant=slots - placement.model.num_experts, num_kicks=num_kicks)
+
+    def planner(profile: Any) -> PlacementMap:
+        return plan(profile, placement.topology, strategy, options)
+
+    return planner

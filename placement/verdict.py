@@ -1,0 +1,201 @@
+"""What the figures mean, in plain words: one answer to each question that people ask of a model and a plan."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import pandas as pd
+
+from placement.insight import WORTH_IT_FROM, Insight
+
+Tone = Literal["good", "unsure", "bad", "plain"]
+
+MARKED_MODULARITY = 0.3
+LITTLE_MODULARITY = 0.05
+NOTICEABLE_REGRET = 0.05
+NAMED = 4
+"""Experts and pairs that a sentence lists."""
+
+
+@dataclass(frozen=True)
+class Answer:
+    """An answer.
+
+    Attributes:
+        question: what people ask.
+        headline: the answer in a few words.
+        sentences: what it rests on.
+        tone: whether it speaks for the plan.
+    """
+
+    question: str
+    headline: str
+    sentences: tuple[str, ...]
+    tone: Tone = "plain"
+
+
+def answers(insight: Insight) -> dict[str, Answer]:
+    """By name: `worth`, `hot`, `together`, `enough`, `domains`."""
+    return {
+        "worth": _worth(insight),
+        "hot": _hot(insight),
+        "together": _together(insight),
+        "enough": _enough(insight),
+        "domains": _domains(insight),
+    }
+
+
+def _worth(insight: Insight) -> Answer:
+    peer = "load" if "load" in insight.maps else "linear"
+    peer_words = "balancing the load only" if peer == "load" else "experts in file order"
+    row, before = insight.interval("plan"), insight.interval("linear")
+    gain, low, high = (float(row[f"over_{peer}{end}"]) for end in ("", "_low", "_high"))
+    tone: Tone
+    if low >= WORTH_IT_FROM:
+        headline, tone = "Worth it", "good"
+    elif gain < WORTH_IT_FROM:
+        headline, tone = "Not worth it", "bad"
+    else:
+        headline, tone = "Perhaps worth it", "unsure"
+    if insight.seen:
+        headline, tone = "Not known: measured on what it was planned with", "unsure"
+    num_sequences = len(np.unique(insight.measured.require_tokens().sequence_ids))
+    busiest = insight.metrics["plan"].busiest_ingress
+    gain_L = 1 - busiest / insight.metrics[peer].busiest_ingress
+    ids = insight.profile.model.layer_ids
+    imbalance = float(insight.interval("plan", "imbalance_ratio")["value"])
+    fan_out, after = (float(insight.interval(name, "fan_out")["value"]) for name in ("linear", "plan"))
+    sentences = [
+        f"The busiest rank is reached by {row['value']:.1%} of all tokens: {_less(gain)} than with {peer_words} (95% "
+        f"interval {low:+.1%} to {high:+.1%}) and {_less(float(row['over_linear']))} than in file order "
+        f"({before['value']:.1%}).",
+        f"The busiest rank does {imbalance:.2f} times the mean work; a token visits {after:.2f} ranks instead of "
+        f"{fan_out:.2f}.",
+    ]
+    if len(ids) > 1:
+        best, least = int(gain_L.argmax()), int(gain_L.argmin())
+        sentences.append(
+            f"It gains most in layer {ids[best]} ({gain_L[best]:+.1%}) and least in layer {ids[least]} "
+            f"({gain_L[least]:+.1%}), against {peer_words}."
+        )
+    known = "that the plan was made with" if insight.seen else "that the plan has not seen"
+    sentences.append(
+        f"Measured on {insight.measured.require_tokens().num_tokens:,} tokens of {num_sequences:,} sequences {known}. "
+        "Fewer copies save time where an engine sends a token once per rank; where it sends once per expert, only "
+        "balance counts."
+    )
+    return Answer("Is a plan worth it here?", headline, tuple(sentences), tone)
+
+
+def _less(gain: float) -> str:
+    return f"{abs(gain):.1%} {'fewer' if gain >= 0 else 'more'}"
+
+
+def _hot(insight: Insight) -> Answer:
+    experts, loads = insight.experts, insight.loads
+    hottest = experts.loc[experts["relative_load"].idxmax()]
+    hot, dead = int(loads["hot"].sum()), int(loads["dead"].sum())
+    headline = f"{hot} of {len(experts):,} experts are hot" if hot else "No expert is hot"
+    uneven = loads.loc[loads["imbalance_ratio"].idxmax()]
+    others = experts.nlargest(1 + NAMED, "relative_load").iloc[1:]
+    return Answer(
+        "Which experts are hot?",
+        headline,
+        (
+            f"The hottest is {_name(hottest)}: {hottest['relative_load']:.2f} times the mean load, {hottest['share']:.1%} "
+            f"of all tokens. Next come {_listed(others, 'relative_load')}.",
+            f"Hot means twice the mean of the layer or more; {int(loads['cold'].sum())} are cold (less than half of it), "
+            f"{dead} were never picked. The least even layer is {uneven['layer']:.0f}.",
+        ),
+        "unsure" if hot or dead else "plain",
+    )
+
+
+def _name(row: pd.Series[float]) -> str:
+    return f"expert {row['expert']:.0f} of layer {row['layer']:.0f}"
+
+
+def _listed(rows: pd.DataFrame, figure: str) -> str:
+    return ", ".join(f"{_name(row)} ({row[figure]:.2f})" for _, row in rows.iterrows()) or "no others"
+
+
+def _together(insight: Insight) -> Answer:
+    question = "Which experts belong together?"
+    if insight.profile.model.top_k == 1:
+        return Answer(question, "None: a token picks one expert", ("Top-1 models have no co-activation.",))
+    communities = insight.communities
+    mean = float(communities["modularity"].mean())
+    words = "marked" if mean >= MARKED_MODULARITY else "little" if mean < LITTLE_MODULARITY else "clear"
+    headline = {"marked": "Marked groups", "clear": "Groups that overlap", "little": "Hardly any groups"}[words]
+    most = communities.loc[communities["modularity"].idxmax()]
+    pairs = insight.pairs[insight.pairs["expert"] < insight.pairs["partner"]].nlargest(NAMED, "excess")
+    listed = ", ".join(
+        f"{pair.expert} and {pair.partner} of layer {pair.layer} ({pair.lift:.1f} times chance, in {pair.share:.0%} of the "
+        "former's tokens)"
+        for pair in pairs.itertuples()
+    )
+    specialized = int((insight.experts["role"] == "specialized").sum())
+    after, before = (float(np.nanmean(insight.metrics[name].intra_share)) for name in ("plan", "linear"))
+    return Answer(
+        question,
+        headline,
+        (
+            f"A layer falls into {communities['communities'].median():.0f} communities (median), modularity {mean:.2f} "
+            f"on average and {most['modularity']:.2f} in layer {most['layer']:.0f} (0 is chance).",
+            f"The pairs that meet most beyond chance: {listed}.",
+            f"The plan keeps {after:.1%} of all co-activated pairs on one rank, file order {before:.1%}. "
+            f"{specialized} of {len(insight.experts):,} experts are specialized, the others work with many.",
+        ),
+        "plain",
+    )
+
+
+def _enough(insight: Insight) -> Answer:
+    question = "How much data was enough?"
+    if insight.study is None:
+        return Answer(question, "Not studied", ("This needs sequences enough to plan from parts of them.",), "unsure")
+    found, halves = insight.study.recommendation, insight.study.halves
+    headline = f"{found.tokens:,} tokens" if found.tokens is not None else "More text is needed"
+    apart = float((halves["second"] / halves["first"] - 1).abs().mean())
+    return Answer(
+        question,
+        headline,
+        (
+            found.sentence,
+            f"Two plans from two halves of the text differ by {apart:.1%} in held-out busiest_ingress; the halves' "
+            f"co-activations correlate with r = {halves['coactivation_correlation'].mean():.2f}.",
+        ),
+        "good" if found.tokens is not None else "bad",
+    )
+
+
+def _domains(insight: Insight) -> Answer:
+    question, domains = "What changes between domains?", insight.domains
+    if not len(domains):
+        return Answer(question, "One domain only", ("Profile texts of several domains to see.",))
+    drifted = domains[domains["drifted"]]
+    headline = f"{len(drifted)} of {len(domains)} domains route their own way"
+    sentences = []
+    if len(drifted):
+        odd = domains.loc[domains["load_distance"].idxmax()]
+        sentences.append(
+            f"Farthest from the others is {odd['domain']} (expert loads {odd['load_distance']:.3f} bits apart, "
+            f"sampling noise {odd['load_noise']:.3f}); there {odd['hottest']} stands out."
+        )
+    tone: Tone = "plain"
+    across = insight.study.transfer if insight.study else None
+    if across is not None and len(across):
+        own = across[
+            ~across["planned_on"].isin(["linear", "this plan"]) & (across["planned_on"] != across["measured_on"])
+        ]
+        ours = across[across["planned_on"] == "this plan"]
+        worst, worst_own = (part.loc[part["regret"].idxmax()] for part in (ours, own))
+        sentences.append(
+            f"Planning on the wrong domain costs {own['regret'].mean():+.1%} busiest_ingress on average, at worst "
+            f"{worst_own['regret']:+.1%} ({worst_own['planned_on']} for {worst_own['measured_on']}). This plan costs "
+            f"{worst['regret']:+.1%} at worst, on {worst['measured_on']}, against a plan of that domain's own."
+        )
+        tone = "unsure" if worst["regret"] > NOTICEABLE_REGRET else "good"
+    return Answer(question, headline, tuple(sentences) or ("Differences are within sampling noise.",), tone)
