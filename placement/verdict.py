@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
 import pandas as pd
 
 from placement.insight import WORTH_IT_FROM, Insight
+from placement.timing import Workload, time_of
 
 Tone = Literal["good", "unsure", "bad", "plain"]
 
 MARKED_MODULARITY = 0.3
 LITTLE_MODULARITY = 0.05
 NOTICEABLE_REGRET = 0.05
+MUCH_IMBALANCE = 0.15
+"""More imbalance_ratio than the peer's from which less traffic may not pay, where links are not known."""
 NAMED = 4
 """Experts and pairs that a sentence lists."""
 
@@ -59,21 +62,32 @@ def _worth(insight: Insight) -> Answer:
         headline, tone = "Not worth it", "bad"
     else:
         headline, tone = "Perhaps worth it", "unsure"
+    imbalance, of_peer = (float(insight.interval(name, "imbalance_ratio")["value"]) for name in ("plan", peer))
+    times = _layer_times(insight)
+    if times and tone == "good" and 1 - times["plan"] / times[peer] < WORTH_IT_FROM:
+        headline, tone = "Not worth it on these links", "bad"
+    elif not times and tone == "good" and imbalance > of_peer + MUCH_IMBALANCE:
+        headline, tone = "Less traffic, but uneven work", "unsure"
     if insight.seen:
         headline, tone = "Not known: measured on what it was planned with", "unsure"
     num_sequences = len(np.unique(insight.measured.require_tokens().sequence_ids))
     busiest = insight.metrics["plan"].busiest_ingress
     gain_L = 1 - busiest / insight.metrics[peer].busiest_ingress
     ids = insight.profile.model.layer_ids
-    imbalance = float(insight.interval("plan", "imbalance_ratio")["value"])
     fan_out, after = (float(insight.interval(name, "fan_out")["value"]) for name in ("linear", "plan"))
     sentences = [
         f"The busiest rank is reached by {row['value']:.1%} of all tokens: {_less(gain)} than with {peer_words} (95% "
         f"interval {low:+.1%} to {high:+.1%}) and {_less(float(row['over_linear']))} than in file order "
         f"({before['value']:.1%}).",
-        f"The busiest rank does {imbalance:.2f} times the mean work; a token visits {after:.2f} ranks instead of "
-        f"{fan_out:.2f}.",
+        f"The busiest rank does {imbalance:.2f} times the mean work ({of_peer:.2f} with {peer_words}); a token visits "
+        f"{after:.2f} ranks instead of {fan_out:.2f}.",
     ]
+    links = insight.plan.topology.links
+    if times and links:
+        sentences.append(
+            f"Predicted for the links of {links.name}: {1e6 * times['plan']:,.0f} µs a layer, "
+            f"{1e6 * times[peer]:,.0f} with {peer_words}, {1e6 * times['linear']:,.0f} in file order."
+        )
     if len(ids) > 1:
         best, least = int(gain_L.argmax()), int(gain_L.argmin())
         sentences.append(
@@ -89,6 +103,18 @@ def _worth(insight: Insight) -> Answer:
     return Answer("Is a plan worth it here?", headline, tuple(sentences), tone)
 
 
+def _layer_times(insight: Insight) -> dict[str, float]:
+    """Predicted seconds of a layer by map, mean over layers, for the plan's own workload; empty without links."""
+    workload = Workload(**insight.plan.solver.get("options", {}).get("workload", {"tokens_per_rank": 4096}))
+    times = {}
+    for name, placement in insight.maps.items():
+        linked = replace(placement, topology=replace(placement.topology, links=insight.plan.topology.links))
+        time = time_of(linked, insight.metrics[name], workload)
+        if time is not None:
+            times[name] = float(time.total.mean())
+    return times
+
+
 def _less(gain: float) -> str:
     return f"{abs(gain):.1%} {'fewer' if gain >= 0 else 'more'}"
 
@@ -96,7 +122,7 @@ def _less(gain: float) -> str:
 def _hot(insight: Insight) -> Answer:
     experts, loads = insight.experts, insight.loads
     hottest = experts.loc[experts["relative_load"].idxmax()]
-    hot, dead = int(loads["hot"].sum()), int(loads["dead"].sum())
+    hot, cold, dead = (int(loads[kind].sum()) for kind in ("hot", "cold", "dead"))
     headline = f"{hot} of {len(experts):,} experts are hot" if hot else "No expert is hot"
     uneven = loads.loc[loads["imbalance_ratio"].idxmax()]
     others = experts.nlargest(1 + NAMED, "relative_load").iloc[1:]
@@ -104,10 +130,10 @@ def _hot(insight: Insight) -> Answer:
         "Which experts are hot?",
         headline,
         (
-            f"The hottest is {_name(hottest)}: {hottest['relative_load']:.2f} times the mean load, {hottest['share']:.1%} "
-            f"of all tokens. Next come {_listed(others, 'relative_load')}.",
-            f"Hot means twice the mean of the layer or more; {int(loads['cold'].sum())} are cold (less than half of it), "
-            f"{dead} were never picked. The least even layer is {uneven['layer']:.0f}.",
+            f"The hottest is {_name(hottest)}: {hottest['relative_load']:.2f} times the mean load, "
+            f"{hottest['share']:.1%} of all tokens. Next come {_listed(others, 'relative_load')}.",
+            f"Hot means twice the mean of the layer or more; {cold} are cold (less than half of it), {dead} "
+            f"were never picked. The least even layer is {uneven['layer']:.0f}.",
         ),
         "unsure" if hot or dead else "plain",
     )
@@ -132,8 +158,8 @@ def _together(insight: Insight) -> Answer:
     most = communities.loc[communities["modularity"].idxmax()]
     pairs = insight.pairs[insight.pairs["expert"] < insight.pairs["partner"]].nlargest(NAMED, "excess")
     listed = ", ".join(
-        f"{pair.expert} and {pair.partner} of layer {pair.layer} ({pair.lift:.1f} times chance, in {pair.share:.0%} of the "
-        "former's tokens)"
+        f"{pair.expert} and {pair.partner} of layer {pair.layer} ({pair.lift:.1f} times chance, in {pair.share:.0%} of "
+        "the former's tokens)"
         for pair in pairs.itertuples()
     )
     specialized = int((insight.experts["role"] == "specialized").sum())
@@ -155,9 +181,11 @@ def _together(insight: Insight) -> Answer:
 def _enough(insight: Insight) -> Answer:
     question = "How much data was enough?"
     if insight.study is None:
-        return Answer(question, "Not studied", ("This needs sequences enough to plan from parts of them.",), "unsure")
+        return Answer(
+            question, "Not studied", ("Left out, or too few sequences (4 are needed) to plan from parts.",), "unsure"
+        )
     found, halves = insight.study.recommendation, insight.study.halves
-    headline = f"{found.tokens:,} tokens" if found.tokens is not None else "More text is needed"
+    headline = f"{found.tokens:,} tokens" if found.tokens is not None else "Perhaps too little text"
     apart = float((halves["second"] / halves["first"] - 1).abs().mean())
     return Answer(
         question,
@@ -176,7 +204,8 @@ def _domains(insight: Insight) -> Answer:
     if not len(domains):
         return Answer(question, "One domain only", ("Profile texts of several domains to see.",))
     drifted = domains[domains["drifted"]]
-    headline = f"{len(drifted)} of {len(domains)} domains route their own way"
+    own = {0: "No domain routes its own way", 1: f"1 of {len(domains)} domains routes its own way"}
+    headline = own.get(len(drifted), f"{len(drifted)} of {len(domains)} domains route their own way")
     sentences = []
     if len(drifted):
         odd = domains.loc[domains["load_distance"].idxmax()]

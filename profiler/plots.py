@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+
 import matplotlib as mpl
 import networkx as nx
 import numpy as np
 import numpy.typing as npt
 from matplotlib.axes import Axes
+from matplotlib.collections import LineCollection
 from matplotlib.image import AxesImage
+from matplotlib.ticker import MaxNLocator
 
 PALETTE = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#F0E442", "#999999")
 """Okabe and Ito's colours (2008), which people with any kind of colour vision can tell apart."""
@@ -47,15 +51,16 @@ def coactivation_heatmap(
     for border in range(experts_per_rank, len(order_E), experts_per_rank):
         axes.axhline(border - 0.5, color="black", linewidth=0.8)
         axes.axvline(border - 0.5, color="black", linewidth=0.8)
-    axes.set(title=title, xlabel="expert, in this order", ylabel="expert, in this order")
-    axes.set_xticks([])
-    axes.set_yticks([])
+    axes.set(title=title, xlabel="expert number, in this order", ylabel="expert number, in this order")
+    ticks = np.arange(0, len(order_E), max(1, len(order_E) // 8))
+    axes.set_xticks(ticks, [str(order_E[tick]) for tick in ticks])
+    axes.set_yticks(ticks, [str(order_E[tick]) for tick in ticks])
     return image
 
 
 def collaboration(axes: Axes, graph: nx.Graph[int], rank_of_expert: npt.NDArray[np.int64], num_ranks: int) -> None:
     """The collaboration graph: colour is the rank, size the load, width the strength; edges within a rank are dark."""
-    positions = nx.spring_layout(graph, weight="weight", seed=0, iterations=80)
+    positions = nx.spring_layout(graph, k=2.2 / len(graph) ** 0.5, weight="weight", seed=0, iterations=60)
     loads = np.array([graph.nodes[expert]["load"] for expert in graph])
     weights = np.array([data["weight"] for _, _, data in graph.edges(data=True)])
     inside = [rank_of_expert[first] == rank_of_expert[second] for first, second in graph.edges]
@@ -70,7 +75,7 @@ def collaboration(axes: Axes, graph: nx.Graph[int], rank_of_expert: npt.NDArray[
         graph,
         positions,
         ax=axes,
-        node_size=30.0 + 220.0 * loads / max(loads.max(), 1),
+        node_size=(30.0 + 220.0 * loads / max(loads.max(), 1)) * min(1.0, 64 / len(graph)),
         node_color=[rank_colour(int(rank_of_expert[expert]), num_ranks) for expert in graph],
         edgecolors="black",
         linewidths=0.5,
@@ -99,3 +104,121 @@ def per_rank(
     axes.set_xticks(ranks if len(ranks) <= 16 else ranks[:: len(ranks) // 8])
     axes.set_ylim(0.0, 1.25 * max(before_R.max(), after_R.max()))
     axes.legend(fontsize=7, frameon=False, loc="upper right")
+
+
+def fan_out_distribution(axes: Axes, counts: Mapping[str, npt.NDArray[np.int64]]) -> None:
+    """Share of tokens by the number of ranks that serve them, a group of bars for each number.
+
+    Args:
+        counts: by name of a map, int64 (1 + most,), tokens served by 0, 1, ... ranks.
+    """
+    width = 0.8 / len(counts)
+    for place, (name, of_map) in enumerate(counts.items()):
+        numbers = np.arange(1, len(of_map))
+        mean = float((np.arange(len(of_map)) * of_map).sum() / max(of_map.sum(), 1))
+        at = numbers - 0.4 + width * (place + 0.5)
+        share = of_map[1:] / max(of_map.sum(), 1)
+        axes.bar(at, share, width=width, color=PALETTE[place], label=f"{name} (mean {mean:.2f})")
+    axes.set(xlabel="ranks that serve a token", ylabel="share of tokens")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.legend(fontsize=7, frameon=False)
+
+
+def layer_strip(axes: Axes, layer_ids: Sequence[int], values: Mapping[str, npt.NDArray[np.float64]], unit: str) -> None:
+    """One figure layer by layer, a line for each map.
+
+    Args:
+        values: by name, float64 (L,).
+    """
+    marker = "o" if len(layer_ids) <= 40 else ""
+    for place, (name, values_L) in enumerate(values.items()):
+        axes.plot(layer_ids, values_L, marker=marker or None, markersize=4, color=PALETTE[place], label=name)
+    if len(layer_ids) == 1:
+        axes.set_xlim(layer_ids[0] - 1, layer_ids[0] + 1)
+    axes.set(xlabel="MoE layer", ylabel=unit)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.legend(fontsize=7, frameon=False)
+
+
+def load_strip(axes: Axes, relative_load_LE: npt.NDArray[np.float64], layer_ids: Sequence[int]) -> AxesImage:
+    """Load of every expert in every layer over the layer's mean, up to 3 times it; for a colour bar in that unit."""
+    image = axes.imshow(relative_load_LE, cmap="cividis_r", vmin=0.0, vmax=3.0, aspect="auto", interpolation="nearest")
+    ticks = range(0, len(layer_ids), max(1, len(layer_ids) // 8))
+    axes.set_yticks(ticks, [str(layer_ids[tick]) for tick in ticks])
+    axes.set(xlabel="expert number", ylabel="MoE layer")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    return image
+
+
+def flows(
+    axes: Axes,
+    transition_EE: npt.NDArray[np.int64],
+    ranks: tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]],
+    num_ranks: int,
+    top: int = 3,
+) -> None:
+    """Expert to expert across two adjacent MoE layers: each expert's `top` commonest successors.
+
+    Experts stand side by side by rank, which their colour names; width is the tokens of the flow.
+
+    Args:
+        ranks: int64 (E,) of the experts in each of the two layers.
+    """
+    places = [np.empty(len(rank_E), dtype=np.int64) for rank_E in ranks]
+    for place_E, rank_E in zip(places, ranks, strict=True):
+        place_E[np.argsort(rank_E, kind="stable")] = np.arange(len(rank_E))
+    most = max(int(transition_EE.max()), 1)
+    lines, widths, colours = [], [], []
+    bend = np.linspace(0.0, 1.0, 24)
+    for expert, row in enumerate(transition_EE):
+        for successor in np.argsort(-row, kind="stable")[:top].tolist():
+            if row[successor] > 0:
+                x = places[0][expert] + (places[1][successor] - places[0][expert]) * (3 * bend**2 - 2 * bend**3)
+                lines.append(np.column_stack([x, bend]))
+                widths.append(0.2 + 3.5 * row[successor] / most)
+                colours.append(rank_colour(int(ranks[0][expert]), num_ranks))
+    axes.add_collection(LineCollection(lines, linewidths=widths, colors=colours, alpha=0.6))
+    size = 4000 / max(len(transition_EE), 16) ** 1.3
+    for y, place_E, rank_E in zip((0.0, 1.0), places, ranks, strict=True):
+        colours = [rank_colour(int(rank), num_ranks) for rank in rank_E]
+        axes.scatter(place_E, np.full(len(place_E), y), s=size, color=colours, marker="s", zorder=3)
+    axes.set_yticks([0.0, 1.0], ["this layer", "the next one"])
+    axes.set(xlabel="experts, rank by rank", xlim=(-1, len(transition_EE)), ylim=(1.12, -0.12))
+    axes.set_xticks([])
+
+
+def predicted_against_measured(
+    axes: Axes,
+    predicted: npt.NDArray[np.float64],
+    measured: npt.NDArray[np.float64],
+    labels: Sequence[str],
+    unit: str,
+) -> None:
+    """A point for each run; on the diagonal the prediction was right.
+
+    Pairs without a prediction (NaN) are left out.
+    """
+    known = np.isfinite(predicted) & np.isfinite(measured)
+    ends = np.concatenate([predicted[known], measured[known], [0.0]])
+    axes.plot([0.0, 1.1 * ends.max()], [0.0, 1.1 * ends.max()], color=PALETTE[7], linewidth=1.0, linestyle="--")
+    for place in np.flatnonzero(known).tolist():
+        colour = PALETTE[place % len(PALETTE)]
+        axes.scatter(predicted[place], measured[place], color=colour, label=labels[place], zorder=3)
+    axes.set(xlabel=f"predicted, {unit}", ylabel=f"measured, {unit}")
+    if known.any():
+        axes.legend(fontsize=7, frameon=False)
+    else:
+        axes.text(0.5, 0.5, "nothing was predicted", ha="center", transform=axes.transAxes)
+
+
+def convergence(axes: Axes, tokens: Sequence[int], values: Sequence[float], enough: int | None, unit: str) -> None:
+    """A held-out figure against the tokens planned with, a point for each plan; a line where there were enough."""
+    axes.scatter(tokens, values, color=PALETTE[0], zorder=3)
+    final = float(np.asarray(values)[int(np.argmax(tokens))])
+    axes.axhspan(0.99 * final, 1.01 * final, color=PALETTE[0], alpha=0.15, label="within 1% of all tokens")
+    if enough is not None:
+        axes.axvline(enough, color=PALETTE[2], linestyle="--", label=f"enough: {enough:,}")
+    axes.set_xscale("log", base=2)
+    axes.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
+    axes.set(xlabel="tokens planned with", ylabel=unit)
+    axes.legend(fontsize=7, frameon=False)

@@ -1,16 +1,29 @@
-"""The page is whole, needs nothing from outside, and says what it was made from."""
+"""The page is whole, needs nothing from outside, holds what it was made from, and works in a real browser."""
 
+import base64
+import json
 import re
+import shutil
+import zlib
+from functools import partial
 
+import numpy as np
 import pytest
 from conftest import make_spec, make_trace, random_ids
 
 from placement.compare import plan_and_compare
+from placement.insight import gather, study_data
 from placement.placement_map import PlacementMap
 from placement.report import write_report
+from placement.report.payload import packed_triangles, payload
 from placement.runtime.bench import BenchResult, BenchRow, Spread
-from placement.topology import Topology
+from placement.solvers import Options, plan
+from placement.topology import Links, Topology
+from placement.verdict import answers
 from profiler import CoterieError, Profile
+from profiler.chance import shuffled
+
+TOPOLOGY = Topology.for_experts(16, 4)
 
 
 def bench_result(num_ranks=4):
@@ -19,45 +32,111 @@ def bench_result(num_ranks=4):
     return BenchResult("made-up", num_ranks, 512, 3, "gloo", (row,))
 
 
-def test_the_page_is_self_contained(profile, tmp_path):
-    placement = plan_and_compare(profile, Topology.for_experts(16, 4))
-    write_report(profile, placement, bench_result(), tmp_path / "report.html")
+def insight_of(profile, placement, held_out=None, bench=None, study=False):
+    planner = partial(plan, topology=placement.topology, options=Options(num_kicks=2))
+    load_only = partial(plan, topology=placement.topology, strategy="load")
+    studied = study_data(profile, placement, held_out, planner) if study else None
+    return gather(profile, placement, held_out=held_out, load_only=load_only, bench=bench, study=studied)
+
+
+@pytest.fixture
+def planned(profile):
+    return plan_and_compare(profile, TOPOLOGY)
+
+
+def data_of(page):
+    return json.loads(re.search(r'<script type="application/json" id="data">(.*?)</script>', page, re.S)[1])
+
+
+def test_the_page_is_self_contained(profile, planned, tmp_path):
+    write_report(insight_of(profile, planned, bench=bench_result(), study=True), tmp_path / "report.html")
     page = (tmp_path / "report.html").read_text()
-    assert not re.search(r"""(?:src|href)=["'](?!data:)""", page)
-    assert page.count("<section data-layer") == profile.model.num_layers
-    assert page.count("data:image/png;base64,") == 3 * profile.model.num_layers
+    assert not re.search(r"""(?:src|href)=["'](?!data:|#)""", page)
+    assert not re.search(r"https?://", page)
     for name in ("linear", "random", "load", "search"):
         assert f"<td>{name}</td>" in page
     assert "1.50" in page
+    for question in answers(insight_of(profile, planned)).values():
+        assert question.question in page
     assert [path.name for path in tmp_path.iterdir()] == ["report.html"]
 
 
-def test_many_layers_and_top_one_still_fit(tmp_path):
-    trace = make_trace(random_ids(0, 20, 60, 8, 1))
-    profile = Profile.from_tokens(make_spec(20, 8, 1), ["a", "b"], trace, {})
-    placement = plan_and_compare(profile, Topology.for_experts(8, 2))
-    write_report(profile, placement, None, tmp_path / "report.html")
-    page = (tmp_path / "report.html").read_text()
-    assert page.count("<section data-layer") == 8
-    assert "Measured on" not in page
+def test_the_page_holds_the_profiles_counts(profile, planned):
+    insight = insight_of(profile, planned)
+    value = payload(insight)
+    assert value["load"] == profile.counts.load.sum(axis=0).tolist()
+    packed = np.frombuffer(zlib.decompress(base64.b64decode(value["pairs"])), "<u4").reshape(2, -1)
+    upper = np.triu_indices(16, 1)
+    assert (packed == profile.counts.coactivation.sum(axis=0)[:, upper[0], upper[1]]).all()
+    assert value["rankOf"] == planned.rank_of_expert.tolist()
+    shown = value["maps"]["plan"]["ingress"]
+    assert np.allclose(shown, insight.metrics["plan"].ingress, atol=1e-4)
+
+
+def test_counts_of_the_largest_models_stay_below_ten_megabytes():
+    """58 layers of 256 experts and a million tokens: pairs are nearly all of the page."""
+    rng = np.random.default_rng(0)
+    pairs = rng.poisson(rng.lognormal(6.5, 1, size=(58, 256, 256)))
+    assert len(packed_triangles(pairs)) < 6e6
+
+
+def test_the_page_repeats_itself(profile, planned, tmp_path):
+    for name in ("one.html", "two.html"):
+        write_report(insight_of(profile, planned), tmp_path / name)
+    assert (tmp_path / "one.html").read_bytes() == (tmp_path / "two.html").read_bytes()
+
+
+def test_top_one_models_and_redundant_experts_are_shown(tmp_path):
+    trace = make_trace(random_ids(0, 3, 200, 8, 1), num_sequences=8)
+    profile = Profile.from_tokens(make_spec(3, 8, 1), ["a", "b"], trace, {})
+    placement = plan_and_compare(profile, Topology.for_experts(8, 2, 1, 2), options=Options(num_redundant=2))
+    write_report(insight_of(profile, placement, study=True), tmp_path / "report.html")
+    assert "a token picks one expert" in (tmp_path / "report.html").read_text()
 
 
 def test_names_are_escaped(tmp_path):
     trace = make_trace(random_ids(0, 1, 60, 8, 2))
     spec = type(make_spec(1, 8, 2))("<script>", "olmoe", (0,), 8, 2, 1, 32, 16, "float32")
-    profile = Profile.from_tokens(spec, ["a", "b"], trace, {})
-    write_report(profile, PlacementMap.linear(spec, Topology(1, 2, 4)), None, tmp_path / "report.html")
-    assert "&lt;script&gt; on 2 ranks" in (tmp_path / "report.html").read_text()
+    profile = Profile.from_tokens(spec, ["</script><b>", "b"], trace, {})
+    placement = PlacementMap.linear(spec, Topology(1, 2, 4))
+    write_report(insight_of(profile, placement), tmp_path / "report.html")
+    page = (tmp_path / "report.html").read_text()
+    assert "&lt;script&gt; on 2 ranks" in page
+    assert "</script><b>" not in page
+    assert data_of(page)["domains"][0] == "</script><b>"
 
 
-def test_plans_and_benches_of_something_else_are_refused(profile, tmp_path):
-    placement = PlacementMap.linear(profile.model, Topology.for_experts(16, 4))
+def test_plans_and_benches_of_something_else_are_refused(profile, planned):
     other = PlacementMap.linear(make_spec(2, 8, 2), Topology.for_experts(8, 4))
     with pytest.raises(CoterieError, match="the map is for"):
-        write_report(profile, other, None, tmp_path / "report.html")
+        gather(profile, other)
     with pytest.raises(CoterieError, match="the bench ran on 2 ranks, the plan is for 4"):
-        write_report(profile, placement, bench_result(2), tmp_path / "report.html")
-    assert not list(tmp_path.iterdir())
+        gather(profile, planned, bench=bench_result(2))
+
+
+def test_the_verdict_is_about_unseen_traffic(profile, planned):
+    good = insight_of(profile, planned)
+    assert not good.seen
+    assert answers(good)["worth"].tone == "good"
+    assert good.metrics["plan"].summary() == planned.metrics["search"]["held_out"]
+    everything = plan(profile, TOPOLOGY)
+    assert insight_of(profile, everything).seen
+    assert answers(insight_of(profile, everything))["worth"].headline.startswith("Not known")
+    first, second = profile.split_by_sequence()
+    assert not insight_of(first, plan(first, TOPOLOGY), held_out=second).seen
+
+
+def test_shuffled_routing_is_not_worth_a_plan(profile):
+    dealt = Profile.from_tokens(profile.model, profile.domains, shuffled(profile.tokens, 0), {})
+    found = answers(insight_of(dealt, plan_and_compare(dealt, TOPOLOGY)))
+    assert found["worth"].tone == "bad"
+    assert found["together"].headline == "Hardly any groups"
+
+
+def test_known_links_give_times(profile):
+    topology = Topology.for_experts(16, 4, 2, links=Links.preset("ethernet"))
+    found = answers(insight_of(profile, plan_and_compare(profile, topology)))["worth"]
+    assert any("links of ethernet" in sentence for sentence in found.sentences)
 
 
 def test_bench_results_round_trip_and_refuse_edits(tmp_path):
@@ -68,3 +147,85 @@ def test_bench_results_round_trip_and_refuse_edits(tmp_path):
         (tmp_path / "bench.json").write_text(content)
         with pytest.raises(CoterieError):
             BenchResult.load_from(tmp_path / "bench.json")
+
+
+@pytest.fixture(scope="module")
+def browser():
+    chromium = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+    driver = shutil.which("chromedriver")
+    if not chromium or not driver:
+        pytest.skip("no Chromium and chromedriver here: apt-get install chromium chromium-driver")
+    selenium = pytest.importorskip("selenium.webdriver")
+    options = selenium.ChromeOptions()
+    options.binary_location = chromium
+    for flag in ("--headless=new", "--no-sandbox", "--disable-dev-shm-usage", "--window-size=1280,1000"):
+        options.add_argument(flag)
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
+    started = selenium.Chrome(options=options, service=selenium.ChromeService(driver))
+    yield started
+    started.quit()
+
+
+@pytest.mark.parametrize("theme", ["light", "dark"])
+def test_the_page_works_in_a_browser(profile, planned, tmp_path, browser, theme):
+    from selenium.webdriver import ActionChains, Keys
+    from selenium.webdriver.support.ui import WebDriverWait
+
+    write_report(insight_of(profile, planned, bench=bench_result(), study=True), tmp_path / "report.html")
+    scheme = {"features": [{"name": "prefers-color-scheme", "value": theme}]}
+    browser.execute_cdp_cmd("Emulation.setEmulatedMedia", scheme)
+    browser.execute_cdp_cmd("Network.enable", {})
+    browser.execute_cdp_cmd(
+        "Network.emulateNetworkConditions",
+        {"offline": True, "latency": 0, "downloadThroughput": 0, "uploadThroughput": 0},
+    )
+    browser.get((tmp_path / "report.html").as_uri())
+    WebDriverWait(browser, 20).until(lambda page: page.execute_script("return document.body.dataset.ready") == "yes")
+
+    def find(selector):
+        return browser.find_element("css selector", selector)
+
+    def script(code):
+        return browser.execute_script(f"return {code}")
+
+    def hover(selector, dx=0, dy=0):
+        script(f"document.querySelector('{selector}').scrollIntoView({{block: 'center', behavior: 'instant'}})")
+        ActionChains(browser).move_to_element_with_offset(find(selector), dx, dy).perform()
+        return find("#tip").text
+
+    assert script("document.documentElement.dataset.theme") == theme
+    script("document.documentElement.style.scrollBehavior = 'auto'")  # so that nothing moves under the pointer
+    # The slider changes everything that shows a layer.
+    graph, heat = (
+        script("document.getElementById('graph').innerHTML"),
+        script("document.getElementById('after').toDataURL()"),
+    )
+    find("#layer").send_keys(Keys.ARROW_RIGHT)
+    assert find("#layer-name").text == "1"
+    assert script("document.getElementById('graph').innerHTML") != graph
+    assert script("document.getElementById('after').toDataURL()") != heat
+    rows = script("[...document.querySelectorAll('#experts tbody tr')].map(row => row.cells[2].textContent)")
+    assert [int(row.replace(",", "")) for row in rows] == profile.counts.load.sum(axis=0)[1].tolist()
+    # Hover says exact values.
+    width = script("document.getElementById('before').clientWidth")
+    cell = width / 16
+    text = hover("#before", (3.5 - 8) * cell, (5.5 - 8) * cell)
+    count = int(profile.counts.coactivation.sum(axis=0)[1, 5, 3])
+    assert text.startswith(f"experts 5 and 3\n{count} tokens")
+    assert "tokens" in hover("#graph circle.node")
+    assert "layer 0" in hover("#strip rect[data-layer]")
+    # Search, sorting, and the other theme.
+    find("#search").send_keys("7")
+    assert find("#found strong").text == "Expert 7 of layer 1"
+    assert find("#experts tr.found td").text == "7"
+    find("#search").send_keys("777")
+    assert not find("#found").text
+    script("document.querySelectorAll('#experts th')[2].click()")
+    sorted_rows = script(
+        "[...document.querySelectorAll('#experts tbody tr')].map(row => +row.cells[2].textContent.replace(',', ''))"
+    )
+    assert sorted_rows == sorted(sorted_rows, reverse=True)
+    assert script("document.querySelectorAll('#transfer tbody tr').length") == 4
+    script("document.getElementById('theme').click()")
+    assert script("document.documentElement.dataset.theme") != theme
+    assert not [entry for entry in browser.get_log("browser") if entry["level"] in ("SEVERE", "WARNING")]

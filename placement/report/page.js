@@ -84,9 +84,11 @@ function drawPairs(canvas, order, perRank) {
   }
   ctx.strokeStyle = css("--text");
   ctx.lineWidth = Math.max(1, side / 480);
+  ctx.globalAlpha = n / perRank > 16 ? 0.35 : 0.9;
   for (let k = perRank; k < n; k += perRank) {
     ctx.beginPath(); ctx.moveTo(k * cell, 0); ctx.lineTo(k * cell, side); ctx.moveTo(0, k * cell); ctx.lineTo(side, k * cell); ctx.stroke();
   }
+  ctx.globalAlpha = 1;
   order.forEach((expert, k) => {
     if (expert !== state.expert) return;
     ctx.strokeStyle = css("--mark"); ctx.lineWidth = Math.max(2, side / 240);
