@@ -102,7 +102,9 @@ def _router_of(model: nn.Module, layer_id: int, experts_name: str) -> Router:
             router: Any = module
             _require_no_groups(layer_id, router)
             return Router(layer_id, module, int(router.top_k), RULES[known])
-    raise CoterieError(_why_not(layer_id, block))
+    experts = model.get_submodule(experts_name)
+    has_router = {"gate", "router"} & dict(experts.named_children()).keys()  # it is the whole block
+    raise CoterieError(_why_not(layer_id, experts if has_router else block))
 
 
 def _require_no_groups(layer_id: int, router: Any) -> None:
@@ -119,7 +121,7 @@ def _why_not(layer_id: int, block: nn.Module) -> str:
     children: dict[str, Any] = dict(block.named_children())
     router = next((children[name] for name in ("gate", "router") if name in children), block)
     name = type(router).__name__
-    source = "".join(_source(type(module)) for module in {router, block})
+    source = "".join(_source(type(module)) for module in (router, block))
     groups = [getattr(place, key, None) for place in (router, block) for key in ("num_group", "n_group")]
     if "sigmoid" in source:
         reason = "scores each expert by a sigmoid of its own"
