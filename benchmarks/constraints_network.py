@@ -75,7 +75,9 @@ def _time_rank(rank: int, device: torch.device, arguments: Mapping[str, Any]) ->
         for is_linear in (True, False)
     }
     input_ids = torch.tensor(arguments["sequences"][rank::RANKS])
-    cases: list[dict[str, Any]] = [{"seconds": {key: [] for key in (*PHASES, "layers", "total")}} for _ in arguments["cases"]]
+    cases: list[dict[str, Any]] = [
+        {"seconds": {key: [] for key in (*PHASES, "layers", "total")}} for _ in arguments["cases"]
+    ]
     for repeat in range(REPEATS + 1):
         for case, (name, constraint) in zip(cases, arguments["cases"], strict=True):
             with constrain(model, constraint):

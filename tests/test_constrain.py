@@ -109,7 +109,10 @@ def test_other_routers_are_refused(family):
     model = tiny_model(family)
     spec = read_spec(model, "tiny")
     hooks = sum(len(module._forward_hooks) for module in model.modules())
-    with pytest.raises(CoterieError, match=REFUSED[family]), constrain(model, CollaboratorLists(spec, all_others(spec), {})):
+    with (
+        pytest.raises(CoterieError, match=REFUSED[family]),
+        constrain(model, CollaboratorLists(spec, all_others(spec), {})),
+    ):
         pytest.fail("the block must not be entered")
     assert sum(len(module._forward_hooks) for module in model.modules()) == hooks
 
@@ -135,7 +138,11 @@ def test_an_exception_restores_the_model():
 
 def test_constraints_of_other_models_and_nesting_are_refused():
     model = tiny_model("olmoe")
-    for other in (tiny_model("olmoe", num_experts=16, num_local_experts=16), tiny_model("olmoe", num_hidden_layers=3), tiny_model("mixtral")):
+    for other in (
+        tiny_model("olmoe", num_experts=16, num_local_experts=16),
+        tiny_model("olmoe", num_hidden_layers=3),
+        tiny_model("mixtral"),
+    ):
         with pytest.raises(CoterieError, match="the constraint is for"), constrain(model, loose(other)):
             pass
     with (
@@ -165,7 +172,8 @@ def test_the_auxiliary_loss_follows_the_selection(family):
     chosen = []
     with constrain(model, constraint):
         handles = [
-            router.module.register_forward_hook(lambda _m, _a, out: chosen.append(out[2])) for router in find_routers(model)
+            router.module.register_forward_hook(lambda _m, _a, out: chosen.append(out[2]))
+            for router in find_routers(model)
         ]
         constrained = model(**inputs)
         language = model(**{**inputs, "output_router_logits": False}).loss

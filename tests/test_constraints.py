@@ -202,7 +202,11 @@ def test_what_cannot_be_is_refused(profile):
 def test_constraints_outlive_the_process(profile, tmp_path):
     placement = random_map(profile.model, ranks=4)
     similarity = np.random.default_rng(0).random((2, 16, 16), dtype=np.float32)
-    for constraint in (collaborator_lists(profile, 5), limit_ranks(placement, 2), limit_ranks(placement, 1, similarity)):
+    for constraint in (
+        collaborator_lists(profile, 5),
+        limit_ranks(placement, 2),
+        limit_ranks(placement, 1, similarity),
+    ):
         path = tmp_path / "constraint.safetensors"
         config.save(constraint, path)
         again = config.load(tmp_path)
@@ -258,6 +262,8 @@ def test_selection_runs_without_gradients_and_on_any_device_type():
     held = torch.as_tensor(np.eye(2, dtype=bool).repeat(4, 0))
     ids = select_within_limit(scores_TE, held, 1, 2, None, has_copies=False)
     assert ids.dtype == torch.int64
-    meta = select_within_limit(scores_TE.to("meta"), held.to("meta"), 1, 2, torch.rand(8, 8).to("meta"), has_copies=True)
+    meta = select_within_limit(
+        scores_TE.to("meta"), held.to("meta"), 1, 2, torch.rand(8, 8).to("meta"), has_copies=True
+    )
     assert meta.shape == (5, 2)  # nothing of it needs to know values on the host
     assert select_from_lists(scores_TE.to("meta"), torch.ones(8, 8, dtype=torch.bool, device="meta"), 2).shape == (5, 2)

@@ -104,9 +104,7 @@ def selector(constraint: Constraint, layer: int, top_k: int, device: torch.devic
     similarity = constraint.similarity
     similarity_EE = None if similarity is None else torch.as_tensor(similarity[layer], device=device)
     limit = constraint.limit
-    return lambda scores_TE: select_within_limit(
-        scores_TE, held_EG, limit, top_k, similarity_EE, has_copies=has_copies
-    )
+    return lambda scores_TE: select_within_limit(scores_TE, held_EG, limit, top_k, similarity_EE, has_copies=has_copies)
 
 
 class _AuxiliaryLoss:

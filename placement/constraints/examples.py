@@ -128,7 +128,10 @@ def _turns(record: dict[str, Any], place: str) -> Chat:
         ]
         if len(named) == len(turns) and all(isinstance(value, str) for turn in named for value in turn.values()):
             return [
-                {**turn, "role": {"human": "user", "gpt": "assistant", "bot": "assistant"}.get(turn["role"], turn["role"])}
+                {
+                    **turn,
+                    "role": {"human": "user", "gpt": "assistant", "bot": "assistant"}.get(turn["role"], turn["role"]),
+                }
                 for turn in named
             ]
     raise CoterieError(
@@ -156,23 +159,26 @@ def _pieces(chat: Chat, tokenizer: Any) -> Iterator[tuple[list[int], bool]]:
             text = tokenizer(f"{turn['content']}\n", add_special_tokens=False)["input_ids"]
             yield text + (end if is_answer else []), is_answer
         return
-    before = 0
+    before = ""
     for number, turn in enumerate(chat):
         is_answer = turn["role"] in ANSWERING
         if is_answer:  # what the template puts before an answer is asked, not learned
-            asked = _template(tokenizer, chat[:number], add_generation_prompt=True)
-            yield asked[before:], False
-            before = max(before, len(asked))
+            asked = tokenizer.apply_chat_template(chat[:number], tokenize=False, add_generation_prompt=True)
+            yield _ids(tokenizer, asked, before), False
+            before = asked
         elif number + 1 < len(chat) and chat[number + 1]["role"] in ANSWERING:
             continue
-        told = _template(tokenizer, chat[: number + 1], add_generation_prompt=False)
-        yield told[before:], is_answer
-        before = len(told)
+        told = tokenizer.apply_chat_template(chat[: number + 1], tokenize=False)
+        yield _ids(tokenizer, told, before), is_answer
+        before = told
 
 
-def _template(tokenizer: Any, chat: Chat, *, add_generation_prompt: bool) -> list[int]:
-    encoded = tokenizer.apply_chat_template(
-        chat, tokenize=True, return_dict=True, add_generation_prompt=add_generation_prompt
-    )
-    ids: list[int] = encoded["input_ids"]
+def _ids(tokenizer: Any, text: str, before: str) -> list[int]:
+    """Token ids of what a conversation's text has beyond that of its beginning."""
+    if not text.startswith(before):
+        raise CoterieError(
+            "the model's chat template writes earlier turns anew as a conversation goes on, so that answers cannot be "
+            "told from questions; give conversations of one question and one answer"
+        )
+    ids: list[int] = tokenizer(text[len(before) :], add_special_tokens=False)["input_ids"]
     return ids

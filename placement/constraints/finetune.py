@@ -59,9 +59,7 @@ class Training:
                 raise CoterieError(f"{name.replace('_', ' ')} {getattr(self, name)}: must be at least {low}")
         if not self.learning_rate > 0:
             raise CoterieError(f"learning rate {self.learning_rate}: must be above 0")
-        if self.micro_batch_size is not None and (
-            self.micro_batch_size < 1 or self.batch_size % self.micro_batch_size
-        ):
+        if self.micro_batch_size is not None and (self.micro_batch_size < 1 or self.batch_size % self.micro_batch_size):
             raise CoterieError(
                 f"micro batch size {self.micro_batch_size}: must divide the batch size, {self.batch_size}"
             )
@@ -113,6 +111,13 @@ def train(
         remove_unused_columns=False,
     )
 
+    class TrainerOfExperts(Trainer):  # type: ignore[misc]
+        def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+            # A checkpoint has experts one by one, as models are published.  Trainer would load those that are packed
+            # in memory by name, find none, warn, and go on with the weights that it was given.
+            stored = type(self.model).from_pretrained(resume_from_checkpoint, dtype=self.model.dtype)
+            self.model.load_state_dict(stored.state_dict())
+
     class Steps(TrainerCallback):  # type: ignore[misc]
         def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
             if logs and "loss" in logs:
@@ -120,7 +125,7 @@ def train(
 
     checkpoint = get_last_checkpoint(str(work)) if resume and work.is_dir() else None
     with _trainable(model, training.part), _auxiliary_loss(model), _repeatable(), constrain(model, constraint):
-        trainer = Trainer(
+        trainer = TrainerOfExperts(
             model=model, args=arguments, train_dataset=examples, data_collator=collate, callbacks=[Steps()]
         )
         trainer.remove_callback(_printer())

@@ -148,9 +148,7 @@ def select_from_lists(scores_TE: torch.Tensor, allowed_EE: torch.Tensor, top_k: 
     return scores_TE.masked_fill(~allowed_EE[first_T], -1.0).topk(top_k, dim=-1).indices
 
 
-def select_from_lists_reference(
-    scores_TE: list[list[float]], lists_ET: list[list[int]], top_k: int
-) -> list[list[int]]:
+def select_from_lists_reference(scores_TE: list[list[float]], lists_ET: list[list[int]], top_k: int) -> list[list[int]]:
     """`select_from_lists`, token by token; ties go to the lower number."""
     out = []
     for scores in scores_TE:
