@@ -5,7 +5,6 @@ build/constraints and not done again.  `network` times every constraint on four 
 `table` writes benchmarks/results/constraints*.
 """
 
-import json
 import multiprocessing
 import os
 import sys

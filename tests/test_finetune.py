@@ -35,7 +35,7 @@ def examples(num=12, length=10):
 SHORT = Training(steps=6, batch_size=4, learning_rate=3e-3, warmup_steps=1, save_steps=2, seed=3)
 
 
-class Stop(Exception):
+class StopError(Exception):
     pass
 
 
@@ -83,10 +83,10 @@ def test_same_seed_same_bytes_and_resuming_changes_nothing(tokenizer, tmp_path):
 
     def stop_at_5(step, _steps, _loss):
         if step == 5:
-            raise Stop
+            raise StopError
 
     out = tmp_path / "stopped"
-    with pytest.raises(Stop):
+    with pytest.raises(StopError):
         weights_after(tokenizer, out, on_step=stop_at_5)
     assert not out.exists()
     assert (checkpoint_folder(out) / "checkpoint-4").is_dir()
@@ -115,9 +115,9 @@ def test_runs_that_do_not_fit_are_refused(tokenizer, tmp_path):
         finetune(loaded, examples(), None, SHORT, out, resume=True)
 
     def stop(*_):
-        raise Stop
+        raise StopError
 
-    with pytest.raises(Stop):
+    with pytest.raises(StopError):
         finetune(loaded, examples(), None, SHORT, out, on_step=stop)
     with pytest.raises(CoterieError, match="was begun with other seed"):
         finetune(loaded, examples(), None, Training(**{**SHORT.__dict__, "seed": 4}), out, resume=True)

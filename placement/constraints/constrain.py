@@ -37,8 +37,8 @@ def constrain(model: nn.Module, constraint: Constraint | None) -> Iterator[None]
         constraint: None leaves the model as it is.
 
     Raises:
-        CoterieError: the constraint is for another model, the model is constrained already, or its routers are of a kind
-            that constraints are not defined for; the model is left untouched.
+        CoterieError: the constraint is for another model, the model is constrained already, or its routers are of a
+            kind that constraints are not defined for; the model is left untouched.
     """
     handles = apply(model, constraint) if constraint is not None else []
     try:

@@ -21,8 +21,8 @@ from profiler.loading import LoadedModel
 NO_LABEL = -100
 """Where nothing is to be learned, as transformers' losses take it."""
 
-ANSWERING = ("assistant", "gpt", "bot")
-"""Roles whose turns are learned."""
+ROLES = {"human": "user", "gpt": "assistant", "bot": "assistant"}
+"""What some data sets call the two."""
 
 
 @dataclass(frozen=True)
@@ -121,19 +121,13 @@ def _turns(record: dict[str, Any], place: str) -> Chat:
         if all(isinstance(turn, str) for turn in turns):
             roles = itertools.cycle(("user", "assistant"))
             return [{"role": role, "content": turn} for role, turn in zip(roles, turns, strict=False)]
-        named = [
-            {"role": turn.get("role", turn.get("from")), "content": turn.get("content", turn.get("value"))}
+        named: list[dict[str, Any]] = [
+            {"role": str(turn.get("role", turn.get("from"))), "content": turn.get("content", turn.get("value"))}
             for turn in turns
             if isinstance(turn, dict)
         ]
-        if len(named) == len(turns) and all(isinstance(value, str) for turn in named for value in turn.values()):
-            return [
-                {
-                    **turn,
-                    "role": {"human": "user", "gpt": "assistant", "bot": "assistant"}.get(turn["role"], turn["role"]),
-                }
-                for turn in named
-            ]
+        if len(named) == len(turns) and all(isinstance(turn["content"], str) for turn in named):
+            return [{**turn, "role": ROLES.get(turn["role"], turn["role"])} for turn in named]
     raise CoterieError(
         f"{place}: no conversation; an object needs messages, conversations, or instruction and output "
         f"({', '.join(map(str, record)) or 'it has no field'})"
@@ -154,19 +148,19 @@ def _pieces(chat: Chat, tokenizer: Any) -> Iterator[tuple[list[int], bool]]:
     if getattr(tokenizer, "chat_template", None) is None:
         end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
         for turn in chat:
-            is_answer = turn["role"] in ANSWERING
+            is_answer = turn["role"] == "assistant"
             yield tokenizer(f"{turn['role']}:\n", add_special_tokens=False)["input_ids"], False
             text = tokenizer(f"{turn['content']}\n", add_special_tokens=False)["input_ids"]
             yield text + (end if is_answer else []), is_answer
         return
     before = ""
     for number, turn in enumerate(chat):
-        is_answer = turn["role"] in ANSWERING
+        is_answer = turn["role"] == "assistant"
         if is_answer:  # what the template puts before an answer is asked, not learned
             asked = tokenizer.apply_chat_template(chat[:number], tokenize=False, add_generation_prompt=True)
             yield _ids(tokenizer, asked, before), False
             before = asked
-        elif number + 1 < len(chat) and chat[number + 1]["role"] in ANSWERING:
+        elif number + 1 < len(chat) and chat[number + 1]["role"] == "assistant":
             continue
         told = tokenizer.apply_chat_template(chat[: number + 1], tokenize=False)
         yield _ids(tokenizer, told, before), is_answer

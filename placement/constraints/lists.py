@@ -62,7 +62,7 @@ class CollaboratorLists:
 
     @cached_property
     def allowed(self) -> npt.NDArray[np.bool_]:
-        """bool (L, E, E): whether the column's expert may join the row's; the diagonal is set."""
+        """Bool (L, E, E): whether the column's expert may join the row's; the diagonal is set."""
         allowed = np.eye(self.model.num_experts, dtype=np.bool_)[None].repeat(self.model.num_layers, 0)
         np.put_along_axis(allowed, self.lists, True, axis=2)
         return allowed

@@ -92,14 +92,14 @@ def limit_ranks(
             others.
     """
     model, topology = placement.model, placement.topology
-    held_LER = np.stack(
+    held_LER: npt.NDArray[np.bool_] = np.stack(
         [
             ranks_held(slots_P, model.num_experts, topology.slots_per_rank, topology.num_ranks)
             for slots_P in placement.physical_to_logical_map
         ]
     )
     if not replica_aware:
-        held_LER &= np.cumsum(held_LER, axis=2) == 1
+        held_LER[np.cumsum(held_LER, axis=2) > 1] = False
     if level == "node":
         held_LER = held_LER.reshape(*held_LER.shape[:2], topology.num_nodes, topology.ranks_per_node).any(axis=3)
     source = {"solver": placement.solver["name"], "replica_aware": replica_aware, "ranks": topology.num_ranks}

@@ -27,12 +27,12 @@ class Perplexity:
 
     @property
     def of_domain(self) -> dict[str, float]:
-        """exp of the mean nats of each domain."""
+        """Exp of the mean nats of each domain."""
         return {domain: math.exp(nats / self.tokens[domain]) for domain, nats in self.nats.items()}
 
     @property
     def overall(self) -> float:
-        """exp of the mean nats over all tokens."""
+        """Exp of the mean nats over all tokens."""
         return math.exp(sum(self.nats.values()) / sum(self.tokens.values()))
 
 

@@ -2,20 +2,27 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
+from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
 import numpy as np
 import numpy.typing as npt
+import safetensors
 import torch
+from safetensors.numpy import save as to_safetensors
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from placement.constraints.routers import find_routers
 from profiler.errors import CoterieError
 from profiler.families import read_spec
+from profiler.files import write_bytes
 from profiler.spec import MoESpec
+
+SCHEMA_VERSION = 1
 
 
 @dataclass(frozen=True)
@@ -37,6 +44,36 @@ class SimilarityTable:
         """float32 (L, E, E), between -1 and 1: the cosine of two experts' sequences of logits (Occult)."""
         norms_LE = np.sqrt(np.maximum(np.diagonal(self.products, axis1=1, axis2=2), np.finfo(np.float64).tiny))
         return (self.products / norms_LE[:, :, None] / norms_LE[:, None, :]).astype(np.float32)
+
+    def save(self, path: Path) -> None:
+        """Write one safetensors file, renamed into place when complete.
+
+        Raises:
+            CoterieError: it cannot be written.
+        """
+        header = {"schema_version": SCHEMA_VERSION, "model": self.model.to_json(), "num_tokens": self.num_tokens}
+        write_bytes(path, to_safetensors({"products": self.products}, {"coterie": json.dumps(header, sort_keys=True)}))
+
+    @classmethod
+    def load_from(cls, path: Path) -> Self:
+        """Read what `save` wrote.
+
+        Raises:
+            CoterieError: it is missing, truncated or no similarity table.
+        """
+        if not path.is_file():
+            raise CoterieError(f"{path}: no such file; make one with `coterie profile --similarity`")
+        try:
+            with safetensors.safe_open(path, framework="numpy") as stored:
+                header, products = json.loads((stored.metadata() or {})["coterie"]), stored.get_tensor("products")
+            if header["schema_version"] != SCHEMA_VERSION or not np.isfinite(products).all():
+                raise CoterieError(f"schema_version {header['schema_version']!r}, or numbers that are not finite")
+            model = MoESpec.from_json(header["model"])
+            if products.shape != (model.num_layers, model.num_experts, model.num_experts):
+                raise CoterieError(f"products {products.shape}: must be (layers, experts, experts)")
+            return cls(model, products.astype(np.float64), int(header["num_tokens"]))
+        except (CoterieError, safetensors.SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
+            raise CoterieError(f"{path}: not a similarity table ({error}); profile with --similarity again") from error
 
     def __add__(self, other: SimilarityTable) -> SimilarityTable:
         """Over the tokens of both.
@@ -102,9 +139,9 @@ class RouterSimilarity:
         return SimilarityTable(self._spec, np.stack(sums), int(self._num_tokens))
 
     def _before_forward(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        inputs = kwargs.get("input_ids", args[0] if args else None)
-        inputs = kwargs.get("inputs_embeds") if inputs is None else inputs
-        mask = kwargs.get("attention_mask", args[1] if len(args) > 1 else None)
+        given: Any = kwargs.get("input_ids", args[0] if args else None)
+        inputs: Any = kwargs["inputs_embeds"] if given is None else given
+        mask: Any = kwargs.get("attention_mask", args[1] if len(args) > 1 else None)
         # While decoding the mask also covers the cached tokens; those of this pass are the last ones.
         masked = mask is not None and mask.ndim == 2
         self._keep = mask[:, -inputs.shape[1] :].flatten() if masked else None
