@@ -101,7 +101,8 @@ def limit_ranks(
     if not replica_aware:
         held_LER[np.cumsum(held_LER, axis=2) > 1] = False
     if level == "node":
-        held_LER = held_LER.reshape(*held_LER.shape[:2], topology.num_nodes, topology.ranks_per_node).any(axis=3)
+        by_node = held_LER.reshape(*held_LER.shape[:2], topology.num_nodes, topology.ranks_per_node)
+        held_LER = np.asarray(by_node.any(axis=3))
     source = {"solver": placement.solver["name"], "replica_aware": replica_aware, "ranks": topology.num_ranks}
     return RankLimit(model, held_LER, limit, level, similarity, source)
 
