@@ -4,6 +4,7 @@ import importlib.util
 import json
 import re
 import sys
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -15,10 +16,12 @@ from placement.constraints.config import load
 from placement.constraints.harness import SUITES, run_tasks, task_names
 from placement.constraints.lists import device_aware_lists
 from placement.constraints.pruning import limit_ranks
+from placement.cost import evaluate
+from placement.placement_map import PlacementMap
 from placement.solvers import Options
 from placement.solvers import plan as make_plan
 from placement.topology import Topology
-from profiler import CoterieError, zoo
+from profiler import CoterieError, Recorder, zoo
 from profiler.calibration import Document
 from profiler.loading import load_model
 from profiler.profile import Profile
@@ -45,10 +48,7 @@ def made(tmp_path_factory):
         arguments = ["profile", "--max-tokens", "3000", "-o", folder / "run.profile"]
         arguments += ["--similarity", folder / "alike.safetensors"]
         patch.setattr(sys, "argv", ["coterie", *map(str, arguments)])
-        try:
-            main()
-        except SystemExit as stop:
-            assert not stop.code
+        main()
     random_map(Profile.load_from(folder / "run.profile").model, ranks=4).save(folder / "plan.json")
     return folder
 
@@ -87,7 +87,9 @@ def test_from_profile_to_quality(made, tmp_path, capsys, monkeypatch):
     code, shown, _ = run("quality", tuned, f"{tuned}-plain", "--max-tokens", 1000, "--json")
     assert code == 0
     again = json.loads(shown)
-    assert again["tuned, similarity-based pruning, N=1"] == pytest.approx(rows["fine-tuned, similarity-based pruning, N=1"])
+    assert again["tuned, similarity-based pruning, N=1"] == pytest.approx(
+        rows["fine-tuned, similarity-based pruning, N=1"]
+    )
     assert again["tuned-plain"] == pytest.approx(rows["plainly fine-tuned"])
     assert len(again["tuned-plain"]) > 1
     code, shown, _ = run("quality", "--constraint", out, "--max-tokens", 500)
@@ -131,7 +133,7 @@ def test_codesign_lowers_fan_out_until_it_does_not(capsys):
     rounds = alternate(loaded, batches, plan, lambda free, placement: device_aware_lists(free, placement, 31))
     assert 2 <= len(rounds) <= 5
     falling = [one.fan_out for one in rounds]
-    assert all(after <= before * (1 - SMALLEST_GAIN) for before, after in zip(falling[:-2], falling[1:-1], strict=True))
+    assert all(after <= before * (1 - SMALLEST_GAIN) for before, after in pairwise(falling[:-1]))
     assert best(rounds).fan_out == min(falling)
     assert all(np.isfinite(one.perplexity) and one.busiest_ingress <= 1 for one in rounds)
     with pytest.raises(CoterieError, match="rounds 0"):
@@ -144,6 +146,37 @@ def test_suites_name_as_many_tasks_as_the_papers():
 
 
 def test_without_the_harness_the_extra_is_named(monkeypatch):
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *_: None)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda *_: None)
     with pytest.raises(CoterieError, match=r"pip install 'coterie\[lm-eval\]'"):
         run_tasks(None, None, ["c2r"])
+
+
+TASK = """
+task: sums
+dataset_path: json
+dataset_kwargs: {data_files: {test: FILE}}
+test_split: test
+output_type: multiple_choice
+doc_to_text: "{{question}}"
+doc_to_choice: "{{choices}}"
+doc_to_target: "{{answer}}"
+metric_list: [{metric: acc}]
+"""
+
+
+@pytest.mark.skipif(importlib.util.find_spec("lm_eval") is None, reason="needs pip install 'coterie[lm-eval]'")
+def test_tasks_of_the_harness_run_constrained(made, tmp_path):
+    records = [{"question": f"{n} and 1 is", "choices": [f" {n + 1}", " no"], "answer": n % 2} for n in range(6)]
+    (tmp_path / "sums.jsonl").write_text("\n".join(map(json.dumps, records)))
+    (tmp_path / "sums.yaml").write_text(TASK.replace("FILE", str(tmp_path / "sums.jsonl")))
+    loaded = load_model(None, "cpu")
+    seen = []
+    limit = limit_ranks(PlacementMap.load_from(made / "plan.json"), 1)
+    for constraint in (None, limit):
+        with Recorder(loaded.model) as recorder:
+            found = run_tasks(loaded, constraint, ["sums"], folder=tmp_path)
+        seen.append(evaluate(PlacementMap.load_from(made / "plan.json"), recorder.trace()).fan_out.mean())
+        assert 0 <= found["sums"] <= 1
+    assert seen[1] == 1 < seen[0]
+    with pytest.raises(CoterieError, match="cannot be run"):
+        run_tasks(loaded, None, ["no-such-task"], folder=tmp_path)

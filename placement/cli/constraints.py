@@ -209,6 +209,7 @@ def quality(
     task: Annotated[
         list[str] | None, typer.Option(help="Tasks of lm-evaluation-harness, or all of c2r or occult.")
     ] = None,
+    task_folder: Annotated[Path | None, typer.Option(help="Folder with task files of your own.")] = None,
     task_limit: Annotated[int | None, typer.Option(help="Questions of each task; all if left out.")] = None,
     device: Device = None,
     as_json: Json = False,
@@ -234,7 +235,7 @@ def quality(
             name = loaded.name if case is None else f"{loaded.name}, {case.name}"
             measured[name] = _measure(loaded, case, unseen, max_tokens)
             if task:
-                measured[name] |= run_tasks(loaded, case, task, limit=task_limit)
+                measured[name] |= run_tasks(loaded, case, task, folder=task_folder, limit=task_limit)
     _show(measured, as_json)
 
 

@@ -28,6 +28,7 @@ def run_tasks(
     constraint: Constraint | None,
     names: Sequence[str],
     *,
+    folder: Path | None = None,
     limit: int | None = None,
     batch_size: int = 8,
 ) -> dict[str, float]:
@@ -35,6 +36,7 @@ def run_tasks(
 
     Args:
         names: suites of `SUITES`, or tasks of the harness.
+        folder: of task files of one's own.
         limit: questions of each task; None for all.
 
     Raises:
@@ -44,12 +46,14 @@ def run_tasks(
         raise CoterieError("tasks need lm-evaluation-harness: pip install 'coterie[lm-eval]'")
     from lm_eval import simple_evaluate
     from lm_eval.models.huggingface import HFLM
+    from lm_eval.tasks import TaskManager
 
     tasks = task_names(names)
     try:
         with constrain(loaded.model, constraint):
             model = HFLM(pretrained=loaded.model, tokenizer=loaded.tokenizer, batch_size=batch_size)
-            results = simple_evaluate(model=model, tasks=tasks, limit=limit)["results"]
+            manager = TaskManager(include_path=None if folder is None else str(folder))
+            results = simple_evaluate(model=model, tasks=tasks, limit=limit, task_manager=manager)["results"]
     except CoterieError:
         raise
     except Exception as error:  # what a task raises whose data is not there is any library's choice
