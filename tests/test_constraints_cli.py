@@ -48,7 +48,9 @@ def made(tmp_path_factory):
         arguments = ["profile", "--max-tokens", "3000", "-o", folder / "run.profile"]
         arguments += ["--similarity", folder / "alike.safetensors"]
         patch.setattr(sys, "argv", ["coterie", *map(str, arguments)])
-        main()
+        with pytest.raises(SystemExit) as stop:
+            main()
+        assert stop.value.code == 0
     random_map(Profile.load_from(folder / "run.profile").model, ranks=4).save(folder / "plan.json")
     return folder
 
@@ -97,6 +99,15 @@ def test_from_profile_to_quality(made, tmp_path, capsys, monkeypatch):
     assert re.search(r"coterie-zoo\s+│", shown)
 
 
+def test_codesign_writes_a_plan_and_its_constraint(tmp_path, capsys, monkeypatch):
+    quick = ("--max-tokens", 2100, "--rounds", 1, "--json")
+    code, shown, _ = coterie(capsys, monkeypatch, "codesign", "--top-t", 31, "-o", tmp_path / "both", *quick)
+    assert code == 0
+    assert json.loads(shown)["chosen"] == 1
+    assert load(tmp_path / "both").name == "device-aware C2R, T=31"
+    assert PlacementMap.load_from(tmp_path / "both" / "plan.json").topology.num_ranks == 4
+
+
 def test_mistakes_are_one_line(made, tmp_path, capsys, monkeypatch):
     run, plan = made / "run.profile", made / "plan.json"
     for arguments, message in (
@@ -111,6 +122,8 @@ def test_mistakes_are_one_line(made, tmp_path, capsys, monkeypatch):
         ),
         (("finetune", "--constraint", tmp_path / "no"), "no such file; make a constraint"),
         (("finetune", "--steps", "0"), "steps 0: must be at least 1"),
+        (("codesign", "--ranks", "0"), "0 ranks cannot share 64 experts"),
+        (("codesign", "--method", "similarity"), "takes c2r or router"),
         (("quality", "--constraint", plan), "truncated, or not a constraint"),
         (("profile", "--similarity", tmp_path / "s", "--resume", "-o", tmp_path / "p"), "leave --resume out"),
     ):

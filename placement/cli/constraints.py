@@ -1,4 +1,4 @@
-"""`coterie constrain`, `coterie finetune` and `coterie quality`: routing that respects a plan, and what that costs."""
+"""`coterie constrain`, `codesign`, `finetune` and `quality`: routing that respects a plan, and what that costs."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.table import Column, Table
 
-from placement.cli.app import Data, Json, Model, app, notes, print_json, progress_bar, tables
+from placement.cli.app import Data, Json, Model, Nodes, app, notes, print_json, progress_bar, tables
 from profiler.errors import CoterieError
 from profiler.files import require_writable, require_writable_parent
 
@@ -115,6 +115,75 @@ def _make(
             raise CoterieError(f"{similarity}: is of {table.model.describe()}, not of {recorded.model.describe()}")
         alike = table.similarity
     return limit_ranks(placement, limit, alike, level="node" if nodes else "rank")
+
+
+@app.command()
+def codesign(
+    model: Model = None,
+    ranks: Annotated[int, typer.Option(help="Ranks of the expert-parallel group.")] = 4,
+    nodes: Nodes = 1,
+    method: Annotated[Method, typer.Option(help="Device-aware C2R lists, or pruning by router scores.")] = Method.C2R,
+    top_t: Annotated[int | None, typer.Option("--top-t", help="C2R: collaborators of each expert.")] = None,
+    limit: Annotated[int | None, typer.Option(help="Pruning: ranks that a token may visit.")] = None,
+    data: Data = None,
+    max_tokens: Annotated[int, typer.Option(help="Tokens to run in each round.")] = 32_768,
+    rounds: Annotated[int, typer.Option(help="Stop after so many.")] = 5,
+    seed: Annotated[int, typer.Option(help="The same seed gives the same plans.")] = 0,
+    out: Annotated[Path, typer.Option("-o", "--out", help="Folder for the plan and the constraint.")] = Path(
+        "codesign"
+    ),
+    device: Device = None,
+    as_json: Json = False,
+) -> None:
+    """Plan for the routing, constrain it by the plan, and again, until tokens visit no fewer ranks.
+
+    Example: coterie codesign ./OLMoE-1B-7B --ranks 8 --top-t 24 --data texts/ -o codesigned/
+    """
+    from placement.constraints.codesign import Round, alternate, best
+    from placement.constraints.config import FILE_NAME, save
+    from placement.solvers import Options
+    from placement.solvers import plan as make_plan
+    from placement.topology import Topology
+    from profiler import zoo
+    from profiler.calibration import read_documents
+    from profiler.families import read_spec
+    from profiler.loading import load_model
+
+    require_writable_parent(out)
+    if method is Method.SIMILARITY:
+        raise CoterieError("--method similarity: co-design takes c2r or router; give one of them")
+    loaded = load_model(model, device)
+    topology = Topology.for_experts(read_spec(loaded.model, loaded.name).num_experts, ranks, nodes)
+    batches = loaded.batches(read_documents(data or [zoo.CALIBRATION]), 256, 8, max_tokens)
+
+    def note(one: Round) -> None:
+        notes.print(f"fan_out {one.fan_out:.3f}, perplexity {one.perplexity:.3f}")
+
+    with notes.status("planning and constraining in turn"):
+        done = alternate(
+            loaded,
+            batches,
+            lambda routing: make_plan(routing, topology, "search", Options(seed=seed)),
+            lambda free, placement: _make(method, free, placement, top_t, limit, nodes=False, similarity=None),
+            max_rounds=rounds,
+            on_round=note,
+        )
+    chosen = best(done)
+    chosen.placement.save(out / "plan.json")
+    save(chosen.constraint, out / FILE_NAME)
+    figures = [
+        {"fan_out": one.fan_out, "busiest_ingress": one.busiest_ingress, "perplexity": one.perplexity} for one in done
+    ]
+    if as_json:
+        print_json({"rounds": figures, "chosen": done.index(chosen) + 1})
+    else:
+        table = Table("round", *(Column(name, justify="right") for name in figures[0]))
+        for number, row in enumerate(figures, 1):
+            table.add_row(
+                f"{number}{' (chosen)' if done[number - 1] is chosen else ''}", *(f"{v:.3f}" for v in row.values())
+            )
+        tables.print(table)
+    notes.print(f"wrote {out}/plan.json and {out}/{FILE_NAME}; the figures are of the text that both were made with")
 
 
 @app.command()
