@@ -86,6 +86,9 @@ def test_from_profile_to_quality(made, tmp_path, capsys, monkeypatch):
         "fine-tuned, similarity-based pruning, N=1",
     ]
     assert rows["as it was"]["all"] < rows["as it was, similarity-based pruning, N=1"]["all"]
+    code, shown, _ = run("finetune", "--constraint", out, "-o", tuned, *quick, "--resume")
+    assert code == 0
+    assert json.loads(shown) == rows
     code, shown, _ = run("quality", tuned, f"{tuned}-plain", "--max-tokens", 1000, "--json")
     assert code == 0
     again = json.loads(shown)

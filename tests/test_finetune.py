@@ -93,6 +93,7 @@ def test_same_seed_same_bytes_and_resuming_changes_nothing(tokenizer, tmp_path):
     steps = []
     assert weights_after(tokenizer, out, resume=True, on_step=lambda step, *_: steps.append(step)) == whole
     assert steps == [5, 6]
+    assert weights_after(tokenizer, out, resume=True, on_step=stop_at_5) == whole  # nothing is left to do
     assert not checkpoint_folder(out).exists()
     assert len(json.loads((out / "finetune.json").read_text())["losses"]) == 6
 
@@ -126,6 +127,10 @@ def test_runs_that_do_not_fit_are_refused(tokenizer, tmp_path):
     (tmp_path / "mine").mkdir()
     with pytest.raises(CoterieError, match="is no fine-tuned model"):
         finetune(loaded, examples(), None, SHORT, tmp_path / "mine")
+    other = tight(tiny_model("mixtral"))[0]
+    with pytest.raises(CoterieError, match="the constraint is for"):
+        finetune(loaded, examples(), other, SHORT, tmp_path / "fresh")
+    assert not checkpoint_folder(tmp_path / "fresh").exists()
     for wrong in ({"steps": 0}, {"learning_rate": 0.0}, {"batch_size": 4, "micro_batch_size": 3}):
         with pytest.raises(CoterieError, match="must"):
             Training(**{**SHORT.__dict__, **wrong})

@@ -220,11 +220,14 @@ def finetune(
     """
     from placement.constraints.config import load
     from placement.constraints.examples import instruction_examples, text_examples
-    from placement.constraints.finetune import Training
+    from placement.constraints.finetune import Training, checkpoint_folder
     from placement.constraints.finetune import finetune as run_finetune
     from profiler import zoo
     from profiler.calibration import read_documents
     from profiler.loading import load_model
+
+    def begun(folder: Path) -> bool:
+        return folder.exists() or checkpoint_folder(folder).exists()
 
     require_writable_parent(out)
     limited = load(constraint) if constraint else None
@@ -239,6 +242,7 @@ def finetune(
         runs[f"fine-tuned, {limited.name}"] = (limited, out)
     else:
         runs["plainly fine-tuned"] = (None, out)
+    any_begun = any(begun(folder) for _, folder in runs.values())  # if none is, going on is refused
     loaded = load_model(model, device, dtype=dtype)
     measured = {"as it was": _measure(loaded, None, unseen, held_out_tokens)}
     if limited is not None:
@@ -250,7 +254,6 @@ def finetune(
         else:
             examples = text_examples(loaded, read_documents(data or [zoo.CALIBRATION]), sequence_length)
         notes.print(f"{name}: {len(examples):,} sequences, {steps:,} steps of {batch_size}")
-        going_on = resume and not (folder.exists() and folder != out)
         with progress_bar("steps") as advance_to:
             run_finetune(
                 loaded,
@@ -258,7 +261,7 @@ def finetune(
                 its_constraint,
                 training,
                 folder,
-                resume=going_on,
+                resume=resume and (begun(folder) or not any_begun),
                 on_step=lambda step, total, _loss, advance_to=advance_to: advance_to(step, total),  # type: ignore[misc]
             )
         measured[name] = _measure(loaded, its_constraint, unseen, held_out_tokens)

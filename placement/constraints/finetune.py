@@ -113,10 +113,8 @@ def train(
 
     class TrainerOfExperts(Trainer):  # type: ignore[misc]
         def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-            # A checkpoint has experts one by one, as models are published.  Trainer would load those that are packed
-            # in memory by name, find none, warn, and go on with the weights that it was given.
-            stored = type(self.model).from_pretrained(resume_from_checkpoint, dtype=self.model.dtype)
-            self.model.load_state_dict(stored.state_dict())
+            # Trainer would look for packed experts by name, find none, warn, and go on with the weights it was given.
+            _load_weights(self.model, resume_from_checkpoint)
 
     class Steps(TrainerCallback):  # type: ignore[misc]
         def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
@@ -165,7 +163,16 @@ def finetune(
         "examples_digest": examples.digest,
         **asdict(training),
     }
-    _require_same_run(work, run, resume)
+    with constrain(loaded.model, constraint):
+        pass  # refused before anything is written
+    if resume and not work.exists() and out.exists():  # done already
+        _require_same_run(out, run)
+        _load_weights(loaded.model, out)
+        return out
+    if resume:
+        _require_same_run(work, run)
+    else:
+        shutil.rmtree(work, ignore_errors=True)
     write_json(work / RUN_FILE, run)
     losses = train(loaded.model, examples, constraint, training, work, resume=resume, on_step=on_step)
     unfinished = out.with_name(f".{out.name}.partial")
@@ -189,10 +196,13 @@ def checkpoint_folder(out: Path) -> Path:
     return out.with_name(f".{out.name}.checkpoints")
 
 
-def _require_same_run(work: Path, run: dict[str, Any], resume: bool) -> None:
-    if not resume:
-        shutil.rmtree(work, ignore_errors=True)
-        return
+def _load_weights(model: Any, folder: Path | str) -> None:
+    """Those of a saved model, which has experts one by one, into one that may have them packed."""
+    stored = type(model).from_pretrained(folder, dtype=model.dtype)
+    model.load_state_dict(stored.state_dict())
+
+
+def _require_same_run(work: Path, run: dict[str, Any]) -> None:
     before = read_json(work / RUN_FILE, "a fine-tuning run", "there is none to go on with; leave --resume out")
     changed = sorted(key for key in run if before.get(key) != run[key])
     if changed:
