@@ -25,7 +25,7 @@ from profiler.loading import load_model
 
 RATE = "400mbit"
 REPEATS = 9
-SEQUENCES_PER_RANK, SEQUENCE_LENGTH = 2, 256
+SEQUENCES_PER_RANK, SEQUENCE_LENGTH = 4, 256
 MAX_DIFFERENCE = 1e-4
 
 

@@ -109,7 +109,7 @@ def _network_lines(network: dict[str, Any], runs: Runs) -> list[str]:
     lines = [
         "## Time on a network",
         "",
-        "Four hosts (network namespaces of one machine), links of 400 Mbit/s, 512 tokens a rank, the plan of seed 0, "
+        "Four hosts (network namespaces of one machine), links of 400 Mbit/s, 1,024 tokens a rank, the plan of seed 0, "
         "the model before fine-tuning; median of paired runs of the slowest rank (least to most). Outputs equal the "
         "constrained single process. MoE layers: dispatch, experts and combine. Speed-up of the MoE layers against the "
         "plan alone, median over the runs.",
