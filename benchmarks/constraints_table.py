@@ -166,10 +166,11 @@ LABELS = {
 
 def _draw(runs: Runs, network: dict[str, Any]) -> None:
     panels = [("before", "fan_out"), ("after", "fan_out"), ("before", "busiest_ingress"), ("after", "busiest_ingress")]
-    figure, axes = plt.subplots(2, 2, figsize=(10, 7.5), sharey=True)
+    figure, axes = plt.subplots(2, 2, figsize=(10, 7.5), sharex="row", sharey=True)
     for axis, (stage, metric) in zip(axes.flat, panels, strict=True):
         _draw_panel(axis, runs, stage, metric)
-    axes[0, 0].legend(frameon=False, fontsize=8)
+    handles, labels = axes[0, 0].get_legend_handles_labels()
+    axes[0, 1].legend(handles, labels, frameon=False, fontsize=8, loc="upper right")
     figure.tight_layout()
     _save(figure, "constraints.svg")
     if network:
