@@ -33,6 +33,7 @@ benchmarks: $(VENV)/installed  ## measure again what benchmarks/results holds
 	$(BIN)/python -m benchmarks.routing_structure
 	$(BIN)/python -m benchmarks.planner
 	$(BIN)/python -m benchmarks.permuting
+	$(BIN)/python -m benchmarks.constraints
 
 $(VENV)/installed: pyproject.toml requirements.lock
 	$(PYTHON) -c 'import sys; sys.exit(f"Python 3.11 or newer is needed, this is {sys.version.split()[0]}; set PYTHON=..." if sys.version_info < (3, 11) else 0)'

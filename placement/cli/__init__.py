@@ -9,11 +9,11 @@ import sys
 
 from rich.console import Console
 
-from placement.cli import exports, imports, plans, profiles, runs
+from placement.cli import constraints, exports, imports, plans, profiles, runs
 from placement.cli.app import app
 from profiler.errors import CoterieError
 
-__all__ = ["app", "exports", "imports", "main", "plans", "profiles", "runs"]
+__all__ = ["app", "constraints", "exports", "imports", "main", "plans", "profiles", "runs"]
 
 
 def main() -> None:

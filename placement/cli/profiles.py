@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 import time
 from enum import StrEnum
@@ -14,6 +15,8 @@ from typer.core import TyperGroup
 
 from placement.cli.app import Data, Json, Model, app, notes, print_json, progress_bar, tables
 from placement.cli.tables import profile_table
+from profiler.errors import CoterieError
+from profiler.files import require_writable
 
 if TYPE_CHECKING:
     from profiler.folder import StoredProfile
@@ -47,6 +50,9 @@ def profile(
         int | None, typer.Option(help="Keep the expert sets of a sample of so many tokens; all are counted.")
     ] = None,
     weights: Annotated[bool, typer.Option("--weights", help="Keep the routers' weights too.")] = False,
+    similarity: Annotated[
+        Path | None, typer.Option(help="Write there how similar experts' router logits are, for `coterie constrain`.")
+    ] = None,
     seed: Annotated[
         int | None, typer.Option(help="Take the texts in random order; of the sample and of decoding too.")
     ] = None,
@@ -64,6 +70,7 @@ def profile(
 
     Example: coterie profile ./OLMoE-1B-7B --data texts/ -o run.profile
     """
+    from placement.constraints.similarity import RouterSimilarity
     from profiler import zoo
     from profiler.calibration import read_documents
     from profiler.folder import require_replaceable
@@ -72,6 +79,10 @@ def profile(
     from profiler.writer import unfinished_folder
 
     require_replaceable(out)
+    if similarity and resume:
+        raise CoterieError("--similarity sums over a whole run: leave --resume out, or --similarity")
+    if similarity:
+        require_writable(similarity)
     documents = read_documents(
         data or [zoo.CALIBRATION], text_field=text_field, domain_field=domain_field, split=split, seed=seed
     )
@@ -79,7 +90,8 @@ def profile(
         loaded = load_model(model, device, device_map=device_map, dtype=dtype)
     started = time.perf_counter()
     try:
-        with progress_bar("tokens") as advance_to:
+        alike = RouterSimilarity(loaded.model, loaded.name) if similarity else contextlib.nullcontext()
+        with progress_bar("tokens") as advance_to, alike:
             recorded = profile_model(
                 loaded,
                 documents,
@@ -99,6 +111,9 @@ def profile(
         notes.print(f"stopped; {unfinished_folder(out)} holds what was recorded: go on with --resume")
         raise typer.Exit(130) from None
     seconds = time.perf_counter() - started
+    if similarity and isinstance(alike, RouterSimilarity):
+        alike.table().save(similarity)
+        notes.print(f"wrote {similarity}")
     show_profile(recorded, as_json, f"{recorded.num_tokens / seconds:,.0f} tokens/s")
 
 
