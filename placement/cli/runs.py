@@ -30,8 +30,8 @@ class Mode(StrEnum):
 
     FLAT = "flat"
     HIERARCHICAL = "hierarchical"
-    BFLOAT16 = "bfloat16"
-    HIERARCHICAL_BFLOAT16 = "hierarchical-bfloat16"
+    BF16 = "bf16"
+    HIERARCHICAL_BF16 = "hierarchical-bf16"
 
 
 @app.command()

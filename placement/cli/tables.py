@@ -135,15 +135,15 @@ def bench_table(result: BenchResult, run: BenchRun) -> Table:
         f"layers, the total is of the whole step; speed-ups against the first row; differs from one process by "
         f"{result.max_difference:.1e} at most",
     )
-    table.add_column("exchange", no_wrap=True)
-    table.add_column("map", no_wrap=True)
-    for column in ("dispatch", "expert", "combine", "exchange\nspeed-up", "total", "speed\nup"):
+    table.add_column("implementation", min_width=14)
+    table.add_column("map")
+    for column in ("dis-\npatch", "expert", "com-\nbine", "exchange\nspeed-up", "total", "speed\nup"):
         table.add_column(column, justify="right", no_wrap=True)
     for row in run.rows:
         table.add_row(
             row.implementation,
             row.map,
-            *(f"{phase.median:.3g}" for phase in (row.dispatch, row.expert, row.combine)),
+            *(_ms(phase.median) for phase in (row.dispatch, row.expert, row.combine)),
             f"{row.exchange_speed_up.median:.2f}",
             _spread(row.total),
             f"{row.speed_up.median:.2f}",
@@ -156,12 +156,13 @@ def traffic_table(run: BenchRun) -> Table:
     found = "; ".join(f"{names.replace(', ', ' and ')} {value:.2f}" for names, value in run.correlations.items())
     table = _plain_table(
         "what that sent, MB in one step",
-        "least: copies that leave their rank x hidden size x width, both ways; interfaces: as the system counts; "
+        "counted: to other ranks, or to other hosts where there are several; interfaces: all of that as the system "
+        "counts; least: copies that go there x hidden size x width, both ways; "
         "predicted: by the cost model on links measured before, ms"
         + (f"; rank correlation over maps: {found}" if found else ""),
     )
-    table.add_column("exchange", no_wrap=True)
-    table.add_column("map", no_wrap=True)
+    table.add_column("implementation", min_width=14)
+    table.add_column("map")
     for column in ("fan_out", "copies", "counted", "inter-\nfaces", "least", "exchange\nms", "pre-\ndicted"):
         table.add_column(column, justify="right", no_wrap=True)
     for row in run.rows:
@@ -172,10 +173,10 @@ def traffic_table(run: BenchRun) -> Table:
             f"{row.rows_per_token:.2f}",
             *(
                 "-" if sent is None else f"{sent / 1e6:.4g}"
-                for sent in (row.bytes_sent, row.interface_bytes, row.least_bytes)
+                for sent in (row.wire_bytes, row.interface_bytes, row.least_bytes)
             ),
-            f"{row.exchange.median:.3g}",
-            "-" if row.predicted_exchange is None else f"{row.predicted_exchange:.3g}",
+            _ms(row.exchange.median),
+            "-" if row.predicted_exchange is None else _ms(row.predicted_exchange),
         )
     return table
 
@@ -193,4 +194,8 @@ def _plain_table(title: str, caption: str) -> Table:
 
 
 def _spread(value: Spread) -> str:
-    return f"{value.median:.3g} ({value.least:.3g}-{value.most:.3g})"
+    return f"{_ms(value.median)} ({_ms(value.least)}-{_ms(value.most)})"
+
+
+def _ms(value: float) -> str:
+    return f"{value:.3g}" if value < 999.5 else f"{value:.0f}"

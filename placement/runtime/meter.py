@@ -24,6 +24,7 @@ class Meter:
         network_bytes_sent: the part of it that went to other nodes.
         rows_sent: token copies sent to any rank, its own included; with two hops, those of the last.
         rows_away: token copies sent to other ranks, on every hop.
+        network_rows: the part of them that went to other nodes.
         rows_served: token copies that this rank received to run its experts on.
         pairs_served: (token, expert) pairs that it ran.
         align: called before each phase; where ranks wait for each other there, a phase is not charged with what others
@@ -36,6 +37,7 @@ class Meter:
     network_bytes_sent: int = 0
     rows_sent: int = 0
     rows_away: int = 0
+    network_rows: int = 0
     rows_served: int = 0
     pairs_served: int = 0
     align: Callable[[], None] | None = None
@@ -45,7 +47,7 @@ class Meter:
         self.seconds = {name: [] for name in PHASES}
         self.index_seconds = 0.0
         self.bytes_sent = self.network_bytes_sent = 0
-        self.rows_sent = self.rows_away = self.rows_served = self.pairs_served = 0
+        self.rows_sent = self.rows_away = self.network_rows = self.rows_served = self.pairs_served = 0
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
@@ -65,9 +67,10 @@ class Meter:
         yield
         self.index_seconds += time.perf_counter() - started
 
-    def count_rows(self, rows_to: Sequence[int], member: int) -> None:
+    def count_rows(self, rows_to: Sequence[int], member: int, across_nodes: Sequence[bool]) -> None:
         """Count token copies that one hop sends, `rows_to[m]` to each member m of a group by one of them."""
         self.rows_away += sum(rows_to) - rows_to[member]
+        self.network_rows += sum(rows for rows, far in zip(rows_to, across_nodes, strict=True) if far)
 
     def count_served(self, rows_sent: int, rows_served: int, pairs_served: int) -> None:
         """Count the token copies that a layer call sent and received in all, and the pairs that it ran."""

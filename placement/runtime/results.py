@@ -43,9 +43,10 @@ class BenchRow:
         rows_per_token: copies of a token sent in a layer, its own rank included; under coterie this is fan_out.
         remote_rows_per_token: those that left their rank, on all hops.
         bytes_sent: counted by this program, dispatch and combine, without what ranks keep for themselves.
-        network_bytes_sent: the part of it that went to other nodes.
+        wire_bytes: the part of it that went to other hosts; all of it where there is one.
         interface_bytes: sent by the hosts' interfaces, as the system counts; None where it does not.
-        least_bytes: remote copies x hidden size x width, both ways: what this map needs at the least.
+        least_bytes: of the wire's, what this map needs at the least: copies that went over it x hidden size x width,
+            both ways.
         dispatch: to the experts' ranks, indices and sizes included.
         expert: products and sums on the experts' ranks.
         combine: back, and the sum over ranks.
@@ -66,7 +67,7 @@ class BenchRow:
     rows_per_token: float
     remote_rows_per_token: float
     bytes_sent: float
-    network_bytes_sent: float
+    wire_bytes: float
     interface_bytes: float | None
     least_bytes: float
     dispatch: Spread
@@ -134,7 +135,7 @@ class BenchResult:
     @property
     def max_difference(self) -> float:
         """Of all rows that do not round on the way."""
-        return max(row.max_difference for run in self.runs for row in run.rows if "bfloat16" not in row.implementation)
+        return max(row.max_difference for run in self.runs for row in run.rows if "bf16" not in row.implementation)
 
     def save(self, path: Path) -> None:
         """Write as JSON."""

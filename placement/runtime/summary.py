@@ -53,7 +53,7 @@ def joined(task: Task, ranks: Sequence[Rank], batch: int, tokens_per_rank: int) 
                 implementation=case.implementation if case.mode == "flat" else f"{case.implementation} {case.mode}",
                 map=case.map,
                 fan_out=float(metrics[case.map].fan_out.mean()),
-                **_counted(case, [rank["cases"][at] for rank in of_ranks], hosts, task.steps, tokens, placement.model),
+                **_counted(task, case, [rank["cases"][at] for rank in of_ranks], hosts, tokens, placement),
                 **_milliseconds(times[at]),
                 **_predicted(case, placement, metrics[case.map], tokens_per_rank),
                 max_difference=max(rank["cases"][at]["max_difference"] for rank in of_ranks),
@@ -96,23 +96,25 @@ def _ratio(first: Mapping[str, Floats], this: Mapping[str, Floats], name: str) -
 
 
 def _counted(
-    case: Case, of_ranks: Sequence[Rank], hosts: Sequence[str], steps: int, tokens: TokenTrace, spec: MoESpec
+    task: Task, case: Case, of_ranks: Sequence[Rank], hosts: Sequence[str], tokens: TokenTrace, placement: PlacementMap
 ) -> dict[str, Any]:
+    spec, several = placement.model, placement.topology.num_nodes > 1
     layer_tokens = tokens.num_tokens * spec.num_layers
     total = {
-        name: sum(rank[name] for rank in of_ranks) / steps
-        for name in ("bytes_sent", "network_bytes_sent", "rows_sent", "rows_away")
+        name: sum(rank[name] for rank in of_ranks) / task.steps
+        for name in ("bytes_sent", "network_bytes_sent", "rows_sent", "rows_away", "network_rows")
     }
     by_host = {host: rank["interface"] for host, rank in zip(hosts, of_ranks, strict=True)}
     wire = MODES[case.mode].wire_dtype
     width = WIDTH if wire is None else wire.itemsize
+    ways = 4 if task.training else 2  # there and back, and their gradients
     return {
         "bytes_sent": total["bytes_sent"],
-        "network_bytes_sent": total["network_bytes_sent"],
-        "interface_bytes": None if None in by_host.values() else sum(by_host.values()) / steps,
-        "least_bytes": total["rows_away"] * spec.hidden_size * width * 2,
-        "rows_per_token": total["rows_sent"] * steps / layer_tokens,
-        "remote_rows_per_token": total["rows_away"] * steps / layer_tokens,
+        "wire_bytes": total["network_bytes_sent" if several else "bytes_sent"],
+        "interface_bytes": None if None in by_host.values() else sum(by_host.values()) / task.steps,
+        "least_bytes": total["network_rows" if several else "rows_away"] * spec.hidden_size * width * ways,
+        "rows_per_token": total["rows_sent"] * task.steps / layer_tokens,
+        "remote_rows_per_token": total["rows_away"] * task.steps / layer_tokens,
     }
 
 

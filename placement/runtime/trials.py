@@ -30,8 +30,8 @@ from profiler.profile import Profile
 MODES = {
     "flat": Options(),
     "hierarchical": Options(mode="hierarchical"),
-    "bfloat16": Options(wire_dtype=torch.bfloat16),
-    "hierarchical-bfloat16": Options(mode="hierarchical", wire_dtype=torch.bfloat16),
+    "bf16": Options(wire_dtype=torch.bfloat16),
+    "hierarchical-bf16": Options(mode="hierarchical", wire_dtype=torch.bfloat16),
 }
 """Ways in which coterie's exchange can be benched, by name."""
 
@@ -160,7 +160,7 @@ def _run_cases(
                 dist.barrier(group)
                 after = bytes_sent_by_interface(interface) if interface else None
                 case["interface"] = None if before is None or after is None else after - before
-                for name in ("bytes_sent", "network_bytes_sent", "rows_sent", "rows_away", "rows_served"):
+                for name in ("bytes_sent", "network_bytes_sent", "rows_sent", "rows_away", "network_rows"):
                     case[name] = getattr(meter, name)
                 workload.reset()
                 meter.reset()
