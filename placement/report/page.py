@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import jinja2
@@ -10,7 +11,7 @@ import numpy as np
 from placement.cost import evaluate
 from placement.placement_map import PlacementMap
 from placement.report import figures
-from placement.runtime.bench import BenchResult
+from placement.runtime.results import BenchResult
 from profiler.errors import CoterieError
 from profiler.files import write_text
 from profiler.profile import Profile
@@ -31,9 +32,11 @@ def write_report(profile: Profile, placement: PlacementMap, bench: BenchResult |
         CoterieError: the map is for another model, the bench for other ranks, or the page cannot be written.
     """
     placement.require_model(profile.model)
-    if bench is not None and bench.num_ranks != placement.topology.num_ranks:
+    runs = [] if bench is None else [run for run in bench.runs if run.num_ranks == placement.topology.num_ranks]
+    if bench is not None and not runs:
         raise CoterieError(
-            f"the bench ran on {bench.num_ranks} ranks, the plan is for {placement.topology.num_ranks}; bench this plan"
+            f"the bench ran on {bench.runs[0].num_ranks} ranks, the plan is for {placement.topology.num_ranks}; "
+            "bench this plan"
         )
     tokens = profile.require_tokens()
     linear = PlacementMap.linear(profile.model, placement.topology)
@@ -60,5 +63,7 @@ def write_report(profile: Profile, placement: PlacementMap, bench: BenchResult |
         seen=placement.profile_digest == profile.digest,
         layers=layers,
         bench=bench,
+        runs=runs,
+        bench_picture=None if bench is None else figures.data_uri(figures.draw_bench(replace(bench, runs=tuple(runs)))),
     )
     write_text(path, page)
