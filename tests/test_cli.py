@@ -58,7 +58,8 @@ def test_the_whole_chain(chain):
         metrics["search"]["held_out"]["busiest_ingress"]["mean"]
         < metrics["linear"]["held_out"]["busiest_ingress"]["mean"]
     )
-    rows = json.loads(outputs[2])["rows"]
+    (bench,) = json.loads(outputs[2])["runs"]
+    rows = bench["rows"]
     assert [(row["implementation"], row["map"]) for row in rows] == [
         ("HF all_to_all", "linear"),
         ("coterie", "linear"),
