@@ -185,7 +185,7 @@ def layer_problems(profile: Profile, topology: Topology, options: Options) -> li
             num_groups=model.num_groups if options.preserve_groups else 1,
             objective=objective,
             worst_fold=options.worst_domain,
-            together=TOGETHER,
+            together=0.0 if options.num_redundant else TOGETHER,  # with copies it is not measured
         )
         problems.append(problem)
     return problems
