@@ -120,8 +120,10 @@ def _run_rank(
     before_joining: Callable[[int], None] | None,
 ) -> None:
     def end(line: str) -> None:
-        report(line)
-        os._exit(1)
+        try:
+            report(line)
+        finally:  # the folder is gone where the process that made it is
+            os._exit(1)
 
     def report(line: str) -> None:
         (Path(folder) / f"{rank}.error").write_text(line)
