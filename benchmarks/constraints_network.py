@@ -11,12 +11,12 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 
 from benchmarks.constraints import RANKS, TUNED, WORK, make, name_of, plan_of
-from benchmarks.network import enter_host, hosts
 from placement.constraints.constrain import constrain
 from placement.placement_map import PlacementMap
 from placement.runtime.experts import IMPLEMENTATIONS, build_implementations, installed
 from placement.runtime.launch import run_on_ranks
 from placement.runtime.meter import PHASES, Meter
+from placement.runtime.network import hosts
 from profiler import zoo
 from profiler.calibration import read_documents
 from profiler.families import find_moe_layers
@@ -43,8 +43,8 @@ def time_constraints() -> None:
         "cases": cases,
         "sequences": sequences[: RANKS * SEQUENCES_PER_RANK],
     }
-    with hosts(RANKS, RATE):
-        ranks = run_on_ranks(_time_rank, RANKS, arguments, enter_host)
+    with hosts(RANKS, RATE) as network:
+        ranks = run_on_ranks(_time_rank, RANKS, arguments, network.enter)
     out = {}
     for index, (name, _) in enumerate(cases):
         of_ranks = [rank["cases"][index] for rank in ranks]
@@ -92,7 +92,8 @@ def _time_rank(rank: int, device: torch.device, arguments: Mapping[str, Any]) ->
                 case["max_difference"], case["bytes_sent"] = float((logits - expected).abs().max()), meter.bytes_sent
                 assert case["max_difference"] <= MAX_DIFFERENCE, case["max_difference"]
                 continue
-            seconds = {**meter.seconds, "layers": sum(meter.seconds.values()), "total": total}
+            of_phases = {name: sum(calls) for name, calls in meter.seconds.items()}
+            seconds = {**of_phases, "layers": sum(of_phases.values()), "total": total}
             for key, value in seconds.items():
                 case["seconds"][key].append(value)
     return {"cases": cases}

@@ -72,6 +72,12 @@ PARTS = {
         replace(ON_NETWORK, sequences_per_rank=(1,), expert_size=2880 // 8, repeats=7),
         "gpt-oss-20b",
     ),
+    "maps": Part(
+        "Routing of DeepSeek-V2-Lite on 4 hosts, all strategies, narrow experts",
+        tuple(f"deepseek-v2-lite-{name}-4" for name in STRATEGIES),
+        replace(ON_NETWORK, sequences_per_rank=(1,), expert_size=64, repeats=5),
+        "deepseek-v2-lite",
+    ),
     "one-machine": Part(
         "A forward pass of the embedded model on one machine",
         ("search-2", "search-4", "search-8"),
@@ -98,13 +104,16 @@ def make_plans(demo: Path) -> None:
         planned, unseen = traces.load(name, EVERY_NTH_LAYER).split_by_sequence()
         unseen.save(WORK / f"{name}.profile")
         topology = Topology.for_experts(planned.model.num_experts, 4)
-        plan(planned, topology).save(WORK / f"{name}-search-4.json")
+        for strategy in STRATEGIES if name == "deepseek-v2-lite" else ("search",):
+            plan(planned, topology, strategy).save(WORK / f"{name}-{strategy}-4.json")
 
 
 def measure(name: str, number: int) -> None:
     """One run of a part, added to its table."""
     part = PARTS[name]
-    maps = {which.removeprefix(f"{name}-"): PlacementMap.load_from(WORK / f"{which}.json") for which in part.maps}
+    maps = {
+        which.removeprefix(f"{part.replay}-"): PlacementMap.load_from(WORK / f"{which}.json") for which in part.maps
+    }
     replay = WORK / f"{part.replay}.profile" if part.replay else None
     documents = [] if replay else read_documents([zoo.HELD_OUT])
     result = bench(maps, None, documents, replay, part.settings)

@@ -19,7 +19,7 @@ from placement.runtime.network import hosts
 from placement.runtime.results import BenchResult, BenchRun
 from placement.runtime.summary import joined
 from placement.runtime.trials import MODES, PEER, Case, Task, run_task
-from placement.runtime.workloads import replayed_layers
+from placement.runtime.workloads import cut_replay, replayed_layers
 from placement.topology import Topology
 from profiler.calibration import Document
 from profiler.errors import CoterieError
@@ -141,6 +141,9 @@ def bench(
     runs: list[BenchRun] = []
     for group in together.values():
         task = _task(group, settings, model, replay, full)
+        if profile is not None:  # say what is wrong before anything is started
+            num_ranks = task.maps["linear"].topology.num_ranks
+            cut_replay(spec, profile.require_tokens(), num_ranks * max(task.num_tokens), settings.num_layers, task.seed)
         ranks = _run(task, settings.network)
         if ranks is None:
             return None

@@ -51,8 +51,12 @@ def run_on_ranks(
                 join=False,
                 start_method="spawn",
             )
-            while not processes.join(grace_period=GRACE_SECONDS):
-                pass
+            try:
+                while not processes.join(grace_period=GRACE_SECONDS):
+                    pass
+            finally:  # interrupted, or a rank that did not end by itself
+                for process in processes.processes:
+                    process.kill()
         except (ProcessRaisedException, ProcessExitedException) as error:
             # A rank that was killed leaves no line; else the first to fail is the one to name.
             if isinstance(error, ProcessExitedException) and error.exit_code < 0:
@@ -116,8 +120,10 @@ def _run_rank(
     before_joining: Callable[[int], None] | None,
 ) -> None:
     def end(line: str) -> None:
-        report(line)
-        os._exit(1)
+        try:
+            report(line)
+        finally:  # the folder is gone where the process that made it is
+            os._exit(1)
 
     def report(line: str) -> None:
         (Path(folder) / f"{rank}.error").write_text(line)

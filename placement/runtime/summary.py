@@ -146,5 +146,5 @@ def _correlations(task: Task, rows: Sequence[BenchRow]) -> dict[str, float]:
     if len(layer) == len(same):
         pairs["predicted exchange, exchange"] = (exchange, measured)
         pairs["predicted layer, layer"] = (layer, [row.layer for row in same])
-    found = {name: float(spearmanr(*columns).statistic) for name, columns in pairs.items()}
-    return {name: value for name, value in found.items() if np.isfinite(value)}
+    vary = {name: columns for name, columns in pairs.items() if all(len(set(column)) > 1 for column in columns)}
+    return {name: float(spearmanr(*columns).statistic) for name, columns in vary.items()}

@@ -168,7 +168,7 @@ def _run_cases(
                 with torch.set_grad_enabled(task.training):
                     workload.forward()
                 meter.align = None
-                case["phases"].append([meter.seconds[name] for name in PHASES])
+                case["phases"].append([list(meter.seconds[name]) for name in PHASES])
                 case["index"].append(meter.index_seconds)
     return {"cases": cases, "topk_ids": _encoded(reference.topk_ids)}
 

@@ -105,11 +105,13 @@ class ReplayWorkload:
         )
         config._experts_implementation = "grouped_mm"  # as models are loaded
         with torch.device("meta"):
-            experts = OlmoeExperts(config)
-        for name, empty in list(experts.named_parameters()):
-            weight = _windows(tuple(empty.shape), device)
-            experts.register_parameter(name, nn.Parameter(weight))
-        self.layers: list[HasExperts] = [SimpleNamespace(experts=copy.copy(experts)) for _ in spec.layer_ids]
+            empty = OlmoeExperts(config)
+        weights = {name: _windows(tuple(weight.shape), device) for name, weight in empty.named_parameters()}
+        self.layers: list[HasExperts] = []
+        for _ in spec.layer_ids:  # the same values in all of them, each with gradients of its own
+            experts = copy.copy(empty)
+            experts._parameters = {name: nn.Parameter(weight) for name, weight in weights.items()}
+            self.layers.append(SimpleNamespace(experts=experts))
         self.dense: list[nn.Parameter] = []
         self.steps = steps
         generator = torch.Generator().manual_seed(seed)
