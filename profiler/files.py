@@ -6,7 +6,7 @@ import contextlib
 import errno
 import json
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -67,21 +67,34 @@ def write_bytes(path: Path, *parts: bytes, to_disk: bool = True) -> None:
     Raises:
         CoterieError: the file cannot be written.
     """
-    temporary = path.with_name(f".{path.name}.partial")
+    write_together({path: parts}, to_disk=to_disk)
+
+
+def write_together(files: Mapping[Path, Sequence[bytes]], *, to_disk: bool = True) -> None:
+    """Write files that belong together, each from its parts; all are complete before the first gets its name.
+
+    Raises:
+        CoterieError: one of them cannot be written; what had their names before is still there then.
+    """
+    temporaries = {path: path.with_name(f".{path.name}.partial") for path in files}
+    path = next(iter(files))
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with temporary.open("wb") as file:
-            file.writelines(parts)
-            file.flush()
-            if to_disk:
-                os.fsync(file.fileno())
-        temporary.replace(path)
+        for path, parts in files.items():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with temporaries[path].open("wb") as file:
+                file.writelines(parts)
+                file.flush()
+                if to_disk:
+                    os.fsync(file.fileno())
+        for path, temporary in temporaries.items():
+            temporary.replace(path)
     except OSError as error:
         remedy = "free some space" if error.errno == errno.ENOSPC else "give a writable path to -o"
         raise CoterieError(f"{path}: cannot be written ({error.strerror}); {remedy}") from error
     finally:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
+        for temporary in temporaries.values():
+            with contextlib.suppress(OSError):
+                temporary.unlink()
 
 
 def sync(paths: Iterable[Path]) -> None:

@@ -1,6 +1,8 @@
 """What is written for an engine means the plan, is read back as the plan, or is refused with the reason."""
 
+import errno
 import json
+import os
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,7 +14,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.numpy import load_file
 
-from placement.exporters import contract, eplb, sglang, tensorrt_llm, vllm, vllm_ascend
+import profiler.files
+from placement.exporters import eplb, sglang, tensorrt_llm, vllm, vllm_ascend
 from placement.exporters.contract import PROVENANCE, HiddenLayers, write_export
 from placement.foreign import read_any_map
 from placement.placement_map import PlacementMap
@@ -171,14 +174,22 @@ def test_other_refusals(tmp_path):
         replace(some_map(), physical_to_logical_map=np.array([[0, 0, 1, 2, 3, 4, 5, 6, 7, 0, 1, 2]] * 2))
 
 
-def test_a_full_disk_leaves_neither_file(tmp_path, monkeypatch):
-    def full(path, value):
-        raise CoterieError("no space")
+def test_a_full_disk_leaves_neither_file_and_an_older_export_as_it_was(tmp_path, monkeypatch):
+    path = tmp_path / "map.json"
+    write_export(sglang.ENGINE, some_map(), path, HiddenLayers(5))
+    before = {file.name: file.read_bytes() for file in tmp_path.iterdir()}
+    calls = iter(range(100))
 
-    monkeypatch.setattr(contract, "write_json", full)
-    with pytest.raises(CoterieError, match="no space"):
-        write_export(sglang.ENGINE, some_map(), tmp_path / "map.json", HiddenLayers(5))
-    assert not list(tmp_path.iterdir())
+    def full(_descriptor):
+        if next(calls) % 2 == 1:  # at the second file
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(profiler.files.os, "fsync", full)
+    for out in (path, tmp_path / "new" / "map.json"):
+        with pytest.raises(CoterieError, match="No space left.*free some space"):
+            write_export(sglang.ENGINE, some_map(), out, HiddenLayers(6))
+    assert {file.name: file.read_bytes() for file in tmp_path.iterdir() if file.is_file()} == before
+    assert not list((tmp_path / "new").iterdir())
 
 
 BROKEN = {

@@ -5,7 +5,6 @@ The only place that writes them. Knows no engine.
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import importlib.metadata
 from collections.abc import Callable
@@ -15,7 +14,7 @@ from typing import Any
 
 from placement.placement_map import EMPTY_SLOT, PlacementMap
 from profiler.errors import CoterieError
-from profiler.files import require_writable, write_bytes, write_json
+from profiler.files import require_writable, to_json_bytes, write_together
 
 PROVENANCE = ".provenance.json"
 """What the name of a sidecar adds to that of the engine's file."""
@@ -115,21 +114,16 @@ def write_export(engine: Engine, placement: PlacementMap, path: Path, layers: Hi
     """Write an engine's file and beside it where it comes from; both or none.
 
     Raises:
-        CoterieError: the engine cannot express the map or takes no file of that name, or it cannot be written.
+        CoterieError: the engine cannot express the map or takes no file of that name, or it cannot be written; an
+            older export of that name is still there then.
     """
     if path.suffix not in engine.suffixes:
         raise CoterieError(f"{path}: {engine.name} takes {' or '.join(engine.suffixes)}; give such a name to -o")
     require_writable(path)
     export = engine.export(placement, path.absolute(), layers)
     sidecar = path.with_name(path.name + PROVENANCE)
-    try:
-        write_bytes(path, export.content)
-        write_json(sidecar, _provenance(engine, placement, path, export))
-    except CoterieError:
-        for written in (path, sidecar):
-            with contextlib.suppress(OSError):
-                written.unlink()
-        raise
+    provenance = to_json_bytes(_provenance(engine, placement, path, export))
+    write_together({path: [export.content], sidecar: [provenance]})
     return export
 
 
