@@ -17,7 +17,7 @@ import pytest
 from conftest import make_spec
 
 from placement.exporters import sglang, vllm, vllm_ascend
-from placement.exporters.contract import HiddenLayers, write_export
+from placement.exporters.contract import ServedModel, write_export
 from placement.placement_map import PlacementMap
 from placement.topology import Topology
 
@@ -103,7 +103,7 @@ def test_sglang_places_as_the_plan_says(tmp_path, version, copies):
     source = unpacked("sglang", version, "sglang/srt/")
     placement = some_map(copies)
     path = tmp_path / "map.json"
-    write_export(sglang.ENGINE, placement, path, HiddenLayers(6))
+    write_export(sglang.ENGINE, placement, path, ServedModel(6))
     asked = {"file": str(path), "num_hidden_layers": 6, "num_experts": 12, "num_ranks": 4, "num_nodes": 2}
     found = load("sglang", source, {**asked, "num_redundant_experts": 4 * copies})
     slots = placement.physical_to_logical_map
@@ -122,7 +122,7 @@ def test_vllm_answers_with_the_plan(tmp_path, copies):
     source = unpacked("vllm", VLLM, "vllm/")
     placement = some_map(copies)
     path = tmp_path / "plan.json"
-    write_export(vllm.ENGINE, placement, path, HiddenLayers(6))
+    write_export(vllm.ENGINE, placement, path, ServedModel(6))
     entry_points = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["entry-points"]
     installed = tmp_path / "site" / "coterie_here-0.dist-info"  # as pip would leave it
     installed.mkdir(parents=True)
@@ -143,7 +143,7 @@ def test_vllm_ascend_places_as_the_plan_says(tmp_path, copies):
     source = unpacked("vllm-ascend", ASCEND, "vllm_ascend/")
     placement = some_map(copies)
     path = tmp_path / "map.json"
-    write_export(vllm_ascend.ENGINE, placement, path, HiddenLayers(6))
+    write_export(vllm_ascend.ENGINE, placement, path, ServedModel(6))
     found = load("vllm-ascend", source, {"file": str(path), "num_layers": 3, "num_experts": 12, "num_ranks": 4})
     for row, ranks in zip(placement.physical_to_logical_map, found, strict=True):
         held = row.reshape(4, -1)

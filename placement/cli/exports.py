@@ -14,7 +14,7 @@ from placement.cli.app import Data, Json, app, notes, print_json, progress_bar, 
 from profiler.errors import CoterieError
 
 if TYPE_CHECKING:
-    from placement.exporters.contract import Engine, HiddenLayers
+    from placement.exporters.contract import Engine, ServedModel
     from placement.placement_map import PlacementMap
 
 
@@ -46,7 +46,8 @@ def export(
     to: Annotated[Target, typer.Option(help="What is to load it.")],
     out: Annotated[Path, typer.Option("-o", "--out", help="File to write; a new folder for a checkpoint.")],
     model: Annotated[
-        Path | None, typer.Option(help="Folder of the model; for a checkpoint, or for the number of its layers.")
+        Path | None,
+        typer.Option(help="Folder of the model: to permute, to count its layers, to name it in the engine's command."),
     ] = None,
     num_hidden_layers: Annotated[
         int | None, typer.Option(help="All decoder layers, where neither the plan nor --model says.")
@@ -83,8 +84,8 @@ def export(
         if out.exists() and out.samefile(plan):
             raise CoterieError(f"{out}: is the plan itself; give another name to -o")
         engine = _engine(to)
-        layers = _hidden_layers(placement, model, num_hidden_layers, num_mtp_layers)
-        exported = write_export(engine, placement, out, layers)
+        served = _served_model(placement, model, num_hidden_layers, num_mtp_layers)
+        exported = write_export(engine, placement, out, served)
         written = {"engine": engine.name, "out": str(out), "checked_against": engine.checked_against}
         written |= {"start": exported.start, "remarks": list(exported.remarks)}
     if as_json:
@@ -108,18 +109,18 @@ def _engine(to: Target) -> Engine:
     }[to]
 
 
-def _hidden_layers(
+def _served_model(
     placement: PlacementMap, model: Path | None, num_hidden_layers: int | None, num_mtp_layers: int | None
-) -> HiddenLayers:
+) -> ServedModel:
     """From the options, else the plan, which counted the layers themselves, else the model's config."""
     from placement.exporters.checkpoint import read_text_config, whole_number
-    from placement.exporters.contract import HiddenLayers
+    from placement.exporters.contract import ServedModel
 
     config = read_text_config(model) if model else {}
     known = placement.model.num_hidden_layers or whole_number(config, "num_hidden_layers", "num_layers")
     total = known if num_hidden_layers is None else num_hidden_layers
     drafts = whole_number(config, "num_nextn_predict_layers", "mtp_num_hidden_layers")
-    return HiddenLayers(total, drafts if num_mtp_layers is None else num_mtp_layers)
+    return ServedModel(total, drafts if num_mtp_layers is None else num_mtp_layers, str(model or ""))
 
 
 def _write_checkpoint(placement: PlacementMap, model: Path, out: Path, invert: bool) -> None:
@@ -160,7 +161,7 @@ def verify(
 
     def load(folder: Path) -> Any:
         with notes.status(f"loading {folder}"):
-            return load_model(str(folder), device, dtype=dtype)
+            return load_model(str(folder), device, dtype=dtype, with_tokenizer=bool(data))
 
     first = load(original)
     if data:

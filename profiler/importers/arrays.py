@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from profiler.errors import CoterieError
+from profiler.errors import CoterieError, first_line
 from profiler.importers.known import Known
 from profiler.profile import Profile
 from profiler.spec import MAX_EXPERTS
@@ -61,8 +61,7 @@ def _load(path: Path) -> dict[str, npt.NDArray[Any]]:
     except FileNotFoundError:
         raise CoterieError(f"{path}: no such file; give a .npz or .npy file") from None
     except Exception as error:  # numpy parses headers as Python, and so fails in all ways that Python can
-        reason = str(error).partition("\n")[0][:150]
-        raise CoterieError(f"{path}: not readable as .npz or .npy, or truncated ({reason})") from error
+        raise CoterieError(f"{path}: not readable as .npz or .npy, or truncated ({first_line(error)})") from error
 
 
 def _to_profile(arrays: Mapping[str, npt.NDArray[Any]], known: Known, decode: bool, path: Path) -> Profile:

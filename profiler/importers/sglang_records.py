@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from profiler.errors import CoterieError
+from profiler.errors import CoterieError, first_line
 from profiler.importers.recording import narrow
 from profiler.spec import MoESpec
 from profiler.trace import DECODE, PREFILL, TokenTrace
@@ -36,8 +36,8 @@ def load_recording(path: Path) -> dict[str, Any]:
     try:
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except Exception as error:  # what loading a broken file raises is any library's choice
-        text = str(error).strip() or type(error).__name__
-        reason = "it holds code, not only tensors" if "Weights only load failed" in text else text.splitlines()[0][:150]
+        code = "Weights only load failed" in str(error)
+        reason = "it holds code, not only tensors" if code else first_line(error)
         raise CoterieError(f"{path}: refused, truncated or no .pt file of SGLang ({reason}); record again") from error
     if not isinstance(content, dict):
         raise CoterieError(
@@ -77,6 +77,8 @@ def whole_numbers(path: Path, name: str, tensor: Any, ndim: int) -> npt.NDArray[
 
     if not isinstance(tensor, torch.Tensor):
         raise CoterieError(f"{path}: {name} is no tensor; record again")
+    if tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
+        raise CoterieError(f"{path}: {name} {tuple(tensor.shape)} is larger than what the file holds; record again")
     if tensor.is_floating_point() and bool(tensor.isnan().any()):
         raise CoterieError(f"{path}: {name} holds NaN, must be counts; the recording is broken, record again")
     if tensor.is_floating_point() or tensor.is_complex() or tensor.dtype == torch.bool or tensor.ndim != ndim:
