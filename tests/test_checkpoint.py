@@ -337,6 +337,35 @@ def test_rewriting_is_what_numpy_does(tmp_path_factory, data, outer, num_experts
         assert file.metadata() == {"format": "pt"}
 
 
+@pytest.mark.parametrize(
+    "entry",
+    [
+        {"dtype": "F32", "shape": ["2"], "data_offsets": [0, 8]},
+        {"dtype": "F32", "shape": [-2], "data_offsets": [0, 8]},
+        {"dtype": "F32", "shape": [3], "data_offsets": [0, 8]},
+        {"dtype": "F32", "shape": [2], "data_offsets": [0, 8, 9]},
+        {"dtype": 32, "shape": [2], "data_offsets": [0, 8]},
+        {"dtype": "F32", "shape": [2.0], "data_offsets": [0, 8]},
+        [],
+    ],
+)
+def test_headers_that_do_not_add_up_are_refused(tmp_path, entry):
+    text = json.dumps({"a": entry}).encode()
+    (tmp_path / "a").write_bytes(len(text).to_bytes(8, "little") + text + bytes(8))
+    with pytest.raises(CoterieError, match="not a safetensors file"):
+        read_header(tmp_path / "a")
+
+
+def test_ids_and_rows_that_do_not_fit_are_refused(tmp_path):
+    save_file({"ids": np.array([0, 1, 5])}, tmp_path / "a")
+    with pytest.raises(CoterieError, match="ids: expert 5, must be below 3"):
+        rewrite(tmp_path / "a", tmp_path / "b", [Edit("ids", new_id=(2, 0, 1))], lambda _: None)
+    text = json.dumps({"half": {"dtype": "F4", "shape": [2, 3], "data_offsets": [0, 3]}}).encode()
+    (tmp_path / "c").write_bytes(len(text).to_bytes(8, "little") + text + bytes(3))
+    with pytest.raises(CoterieError, match="are no whole bytes"):
+        rewrite(tmp_path / "c", tmp_path / "d", [Edit("half", 0, (1, 0))], lambda _: None)
+
+
 def test_memory_is_bounded(tmp_path):
     """A tensor of many chunks is copied without being held: peak Python memory stays near one chunk's size."""
     import tracemalloc

@@ -24,6 +24,20 @@ Out = Annotated[Path, typer.Option("-o", "--out", help="Profile folder to write.
 Decode = Annotated[bool, typer.Option("--decode", help="The tokens were decoded, not prefilled.")]
 Domain = Annotated[str | None, typer.Option(help="Label of the tokens; the engine's name if left out.")]
 
+LEFT_OUT = {
+    "dummy_tokens_dropped": "left out {} warm-up or padding tokens",
+    "records_of_the_same_tokens": "left out {} records of tokens that another rank has recorded",
+    "incomplete_steps_left_out": "left out {} steps that do not have all layers alike; record with one pipeline stage",
+    "mtp_records_left_out": "left out {} records of layers for multi-token prediction",
+    "layers_left_out": "left out layers {}, which are none of the model's MoE layers",
+    "rows_not_captured": "left out {} rows of responses that the engine has not filled",
+    "rows_of_a_shared_prompt": "counted once {} rows of a prompt that several completions share",
+    "ranks_that_counted_each_token": "each token was counted by {} ranks; the counts are divided by that",
+    "raw_files": "the files with the picks of each token are {}",
+    "approximate": "{}",
+}
+"""What importers put into the provenance, and how it is said."""
+
 
 def _model_options(
     model: Annotated[str | None, typer.Option(help="Folder with config.json, or hub id: says all below.")] = None,
@@ -185,13 +199,11 @@ def _show(out: Path, as_json: bool, how: str) -> None:
     said = stored.provenance
     if said.get("num_experts_from"):
         notes.print(f"{stored.model.num_experts} experts, the highest id and 1: give --num-experts or --model if more")
-    if said.get("dummy_tokens_dropped"):
-        notes.print(f"left out {said['dummy_tokens_dropped']:,} warm-up or padding tokens")
-    if said.get("ranks_that_counted_each_token"):
-        times = said["ranks_that_counted_each_token"]
-        notes.print(f"each token was counted by {times} ranks; the counts are divided by that")
-    if said.get("records_of_the_same_tokens"):
-        notes.print(f"left out {said['records_of_the_same_tokens']:,} records of tokens that another rank has recorded")
+    for name, sentence in LEFT_OUT.items():
+        value = said.get(name)
+        if value:
+            shown = f"{value:,}" if isinstance(value, int) else value
+            notes.print(sentence.format(shown), markup=False, highlight=False)
     if said.get("cannot_tell"):
         notes.print(
             f"counts only: they give load and imbalance, not {', '.join(said['cannot_tell'])}; for those "

@@ -145,13 +145,17 @@ def _read_passes(records: list[Record], known: Known, domain: str, provenance: d
 def _read_tokens(records: list[Record], known: Known, domain: str, provenance: dict[str, Any]) -> Recording:
     if not records:
         raise CoterieError("no token was recorded: send requests between start and dump")
-    layers, top_k = np.zeros(len(records[0].logical_of_slot), dtype=np.bool_), 0
+    layers = np.zeros(len(records[0].logical_of_slot), dtype=np.bool_)
+    top_ks: dict[Path, int] = {}
     for record in records:
         picked = record.logical_ids() >= 0
         layers |= picked.any(axis=(1, 2))
-        top_k = max(top_k, int(picked.sum(axis=2).max(initial=0)))
-    if top_k == 0:
+        top_ks[record.path] = max(top_ks.get(record.path, 0), int(picked.sum(axis=2).max(initial=0)))
+    recorded = {path: top_k for path, top_k in top_ks.items() if top_k}  # a rank may have had no token of its own
+    if not recorded:
         raise CoterieError(f"{records[0].path}: no token picked an expert; record while requests are served")
+    require_alike(recorded, "top-k")
+    top_k = next(iter(recorded.values()))
     model = known.to_spec(UNNAMED, np.flatnonzero(layers).tolist(), top_k, int(records[0].logical_of_slot.max()) + 1)
     provenance |= {"format": "sglang per_token"}
 

@@ -172,10 +172,8 @@ def read_records(path: Path, content: dict[str, Any], map_LP: Any, kind: str) ->
             pass_id, rank = int(record["forward_pass_id"]), int(record["rank"])
             batch, positions, lengths, mode = b"", np.empty(0, dtype=np.int32), None, 0
             if kind == "per_token":
-                if not isinstance(record["input_ids"], list) or not isinstance(record["positions"], list):
-                    raise TypeError("input_ids and positions must be lists")
-                input_ids = np.array(record["input_ids"], dtype=np.int64)
-                positions, mode = np.array(record["positions"], dtype=np.int32), int(record["forward_mode"])
+                input_ids = _list_of_numbers(record["input_ids"]).astype(np.int64)
+                positions, mode = _list_of_numbers(record["positions"]).astype(np.int32), int(record["forward_mode"])
                 lengths = None if record["extend_seq_lens"] is None else [int(n) for n in record["extend_seq_lens"]]
                 batch = hashlib.sha256(input_ids.tobytes() + b"|" + positions.tobytes()).digest()
                 if positions.ndim == 2:  # three rows where positions have three axes (multimodal rotary)
@@ -190,6 +188,13 @@ def read_records(path: Path, content: dict[str, Any], map_LP: Any, kind: str) ->
             raise CoterieError(
                 f"{path}: record {number} is no {kind} record of SGLang ({type(error).__name__}: {error}); record again"
             ) from error
+
+
+def _list_of_numbers(value: Any) -> npt.NDArray[Any]:
+    array = np.array(value) if isinstance(value, list) else None
+    if array is None or (array.size and not np.issubdtype(array.dtype, np.integer)):
+        raise TypeError("input_ids and positions must be lists of whole numbers")
+    return array
 
 
 def merge_pass(records: list[Record]) -> tuple[list[tuple[Record, Ids]], int]:
