@@ -12,7 +12,7 @@ from placement.exporters.checkpoint import read_permuted_map
 from placement.placement_map import PlacementMap
 from placement.topology import Topology
 from profiler.errors import CoterieError, first_line
-from profiler.files import read_json
+from profiler.files import read_json, read_pt
 from profiler.importers.load_balancer import LoadBalancer
 from profiler.spec import MoESpec
 
@@ -157,7 +157,7 @@ def _read_tensor(path: Path) -> npt.NDArray[Any] | dict[str, Any]:
         if path.suffix == ".pt":
             import torch
 
-            loaded = torch.load(path, map_location="cpu", weights_only=True)
+            loaded = read_pt(path)
             if isinstance(loaded, dict) and isinstance(loaded.get("physical_to_logical_map"), torch.Tensor):
                 return {**loaded, "physical_to_logical_map": loaded["physical_to_logical_map"].numpy()}
             if isinstance(loaded, dict):

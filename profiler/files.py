@@ -6,11 +6,12 @@ import contextlib
 import errno
 import json
 import os
+import zipfile
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from profiler.errors import CoterieError
+from profiler.errors import CoterieError, first_line
 
 
 def require_writable(path: Path) -> None:
@@ -130,3 +131,27 @@ def read_json(path: Path, what: str, remedy: str) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise CoterieError(f"{path}: not {what} (a JSON object is expected); {remedy}")
     return value
+
+
+def read_pt(path: Path) -> Any:
+    """What a file of `torch.save` holds, plain containers and tensors only: nothing in it is run.
+
+    Its tensors stay on the disk until they are read.
+
+    Raises:
+        CoterieError: it is missing, truncated, holds code, or is older than torch 1.6.
+    """
+    import torch  # takes seconds
+
+    try:
+        if not zipfile.is_zipfile(path):  # a bare pickle, say
+            raise CoterieError(f"{path}: refused, truncated or not written by torch.save; save it again")
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except FileNotFoundError:
+        raise CoterieError(f"{path}: no such file") from None
+    except CoterieError:
+        raise
+    except Exception as error:  # what loading a broken file raises is any library's choice
+        code = "Weights only load failed" in str(error)
+        reason = "it holds code, not only tensors" if code else first_line(error)
+        raise CoterieError(f"{path}: refused, truncated or no file of tensors ({reason}); save it again") from error

@@ -12,10 +12,11 @@ import yaml
 from conftest import make_spec
 from hypothesis import given
 from hypothesis import strategies as st
-from safetensors.numpy import load_file
+from safetensors.numpy import load_file, save_file
 
 import profiler.files
 from placement.exporters import eplb, sglang, tensorrt_llm, vllm, vllm_ascend
+from placement.exporters.checkpoint import permute_checkpoint
 from placement.exporters.contract import PROVENANCE, ServedModel, write_export
 from placement.foreign import read_any_map
 from placement.placement_map import PlacementMap
@@ -68,6 +69,47 @@ def test_every_export_is_read_back_as_the_same_map(tmp_path_factory, name, place
     assert sidecar["checked_against"] == ENGINES[name].checked_against
     assert path.read_bytes() == exported.content
     assert write_export(ENGINES[name], placement, path, layers).content == exported.content  # same bytes again
+
+
+def made_checkpoint(placement: PlacementMap, folder: Path) -> Path:
+    """Weights that say whose they are: expert e and its router row hold e."""
+    spec, tensors = placement.model, {}
+    for layer in spec.layer_ids:
+        gate = np.arange(spec.num_experts, dtype=np.float32)
+        tensors[f"model.layers.{layer}.mlp.gate.weight"] = np.repeat(gate[:, None], 3, axis=1)
+        for expert in range(spec.num_experts):
+            tensors[f"model.layers.{layer}.mlp.experts.{expert}.up_proj.weight"] = np.full((2, 3), expert, np.float32)
+    folder.mkdir()
+    save_file(tensors, folder / "model.safetensors")
+    config = {"model_type": spec.model_type, "num_hidden_layers": spec.layer_ids[-1] + 1}
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+@given(placement=full_maps())
+def test_a_permuted_checkpoint_is_read_back_as_the_same_map(tmp_path_factory, placement):
+    folder = tmp_path_factory.mktemp("export")
+    original, planned = made_checkpoint(placement, folder / "original"), folder / "planned"
+    spec, topology = placement.model, placement.topology
+    if topology.num_slots > spec.num_experts:
+        with pytest.raises(CoterieError, match="plan without redundant experts"):
+            permute_checkpoint(original, planned, placement)
+        assert [path.name for path in folder.iterdir()] == ["original"]
+        return
+    permute_checkpoint(original, planned, placement)
+    again = read_any_map(planned, spec, topology.num_ranks, topology.num_nodes)
+    assert (again.physical_to_logical_map == placement.physical_to_logical_map).all()
+    assert (again.model, again.topology) == (spec, topology)
+    tensors = load_file(planned / "model.safetensors")
+    for layer, row in zip(
+        spec.layer_ids, placement.physical_to_logical_map, strict=True
+    ):  # linear placement is the plan
+        assert (tensors[f"model.layers.{layer}.mlp.gate.weight"] == row[:, None]).all()
+        for slot, expert in enumerate(row):
+            assert (tensors[f"model.layers.{layer}.mlp.experts.{slot}.up_proj.weight"] == expert).all()
+    permute_checkpoint(planned, folder / "back", placement, invert=True)
+    back = load_file(folder / "back" / "model.safetensors")
+    assert all((back[name] == tensor).all() for name, tensor in load_file(original / "model.safetensors").items())
 
 
 @given(placement=full_maps())
@@ -321,7 +363,9 @@ def test_pickles_are_never_executed_and_cut_files_refused(tmp_path, name):
         else:
             write_export(eplb.ENGINE, some_map(), path, ServedModel())
         path.write_bytes(path.read_bytes()[:-20])
-    message = "whole numbers" if name == "nan.npy" else "cannot be read as a tensor"
+    message = {"nan.npy": "whole numbers", "trap.pt": "holds code, not only tensors"}.get(
+        name, "refused|cannot be read"
+    )
     with pytest.raises(CoterieError, match=message):
         read_any_map(path, some_map().model, 4)
     assert not (tmp_path / "executed").exists()

@@ -15,7 +15,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from profiler.errors import CoterieError, first_line
+from profiler.errors import CoterieError
+from profiler.files import read_pt
 from profiler.importers.recording import narrow
 from profiler.spec import MoESpec
 from profiler.trace import DECODE, PREFILL, TokenTrace
@@ -31,14 +32,7 @@ def load_recording(path: Path) -> dict[str, Any]:
     Raises:
         CoterieError: it cannot be read without running code, or is no object.
     """
-    import torch
-
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except Exception as error:  # what loading a broken file raises is any library's choice
-        code = "Weights only load failed" in str(error)
-        reason = "it holds code, not only tensors" if code else first_line(error)
-        raise CoterieError(f"{path}: refused, truncated or no .pt file of SGLang ({reason}); record again") from error
+    content = read_pt(path)
     if not isinstance(content, dict):
         raise CoterieError(
             f"{path}: holds a {type(content).__name__}, SGLang's recorder writes an object; record again"
