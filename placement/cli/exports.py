@@ -10,7 +10,7 @@ import typer
 from rich.table import Table
 from typer.core import TyperGroup
 
-from placement.cli.app import Data, Json, app, notes, print_json, progress_bar, tables
+from placement.cli.app import Data, Json, app, notes, print_json, progress_bar, tables, waiting
 from profiler.errors import CoterieError
 
 if TYPE_CHECKING:
@@ -93,8 +93,8 @@ def export(
     else:
         print(written["start"])  # not through rich, which would wrap a line that is to be copied
         for remark in written["remarks"]:
-            notes.print(remark, markup=False, highlight=False, soft_wrap=True)
-    notes.print(f"wrote {out} for {written['engine']}", markup=False, highlight=False, soft_wrap=True)
+            notes.print(remark, highlight=False, soft_wrap=True)
+    notes.print(f"wrote {out} for {written['engine']}", highlight=False, soft_wrap=True)
 
 
 def _engine(to: Target) -> Engine:
@@ -160,7 +160,7 @@ def verify(
     placement = read_permuted_map(permuted)
 
     def load(folder: Path) -> Any:
-        with notes.status(f"loading {folder}"):
+        with waiting(f"loading {folder}"):
             return load_model(str(folder), device, dtype=dtype, with_tokenizer=bool(data))
 
     first = load(original)
@@ -191,4 +191,4 @@ def verify(
         raise CoterieError(
             f"{permuted}: logits differ by {comparison.max_difference:.1e}, at most {bound:.1e} may be; do not serve it"
         )
-    notes.print(f"{permuted} computes what {original} does", markup=False, highlight=False, soft_wrap=True)
+    notes.print(f"{permuted} computes what {original} does", highlight=False, soft_wrap=True)

@@ -11,7 +11,7 @@ from typing import Annotated, Any
 
 import typer
 
-from placement.cli.app import Json, app, notes
+from placement.cli.app import Json, app, notes, waiting
 from placement.cli.profiles import show_profile
 from profiler.importers.known import Known, parse_layers
 
@@ -105,7 +105,7 @@ def import_sglang(files: Files, out: Out, known: Known, domain: Domain = None, a
     from profiler.importers.recording import write_recording
     from profiler.importers.sglang import read_sglang
 
-    with notes.status("reading SGLang's recording"):
+    with waiting("reading SGLang's recording"):
         write_recording(read_sglang(files, known, domain=domain or "sglang"), out)
     _show(out, as_json, "recorded by SGLang")
 
@@ -120,7 +120,7 @@ def import_vllm(files: Files, out: Out, known: Known, domain: Domain = None, as_
     from profiler.importers.recording import write_recording
     from profiler.importers.vllm import read_vllm
 
-    with notes.status("reading vLLM's responses"):
+    with waiting("reading vLLM's responses"):
         write_recording(read_vllm(files, known, domain=domain or "vllm"), out)
     _show(out, as_json, "recorded by vLLM")
 
@@ -145,7 +145,7 @@ def import_tensorrt_llm(
     from profiler.importers.recording import write_recording
     from profiler.importers.tensorrt_llm import read_tensorrt_llm
 
-    with notes.status(f"reading {folder}"):
+    with waiting(f"reading {folder}"):
         recording = read_tensorrt_llm(
             folder, known, domain=domain or "tensorrt-llm", load_balancer=load_balancer, decode=decode
         )
@@ -165,7 +165,7 @@ def import_megatron(
     from profiler.importers.megatron import read_megatron
     from profiler.importers.recording import write_recording
 
-    with notes.status(f"reading {folder}"):
+    with waiting(f"reading {folder}"):
         write_recording(read_megatron(folder, known, domain=domain or "megatron", decode=decode), out)
     _show(out, as_json, "recorded by Megatron-LM")
 
@@ -186,7 +186,7 @@ def import_numpy(
     from profiler.importers.arrays import read_arrays
     from profiler.importers.recording import of_profile, write_recording
 
-    with notes.status(f"reading {file}"):
+    with waiting(f"reading {file}"):
         write_recording(of_profile(read_arrays(file, known, decode=decode)), out)
     _show(out, as_json, f"read from {file}")
 
@@ -203,7 +203,7 @@ def _show(out: Path, as_json: bool, how: str) -> None:
         value = said.get(name)
         if value:
             shown = f"{value:,}" if isinstance(value, int) else value
-            notes.print(sentence.format(shown), markup=False, highlight=False)
+            notes.print(sentence.format(shown), highlight=False)
     if said.get("cannot_tell"):
         notes.print(
             f"counts only: they give load and imbalance, not {', '.join(said['cannot_tell'])}; for those "
