@@ -89,6 +89,8 @@ def _of_these_ranks(placement: PlacementMap, path: Path, num_ranks: int | None) 
 def _rows(value: Any, path: Path, what: str) -> npt.NDArray[Any]:
     """Equally long lists of whole numbers, int (L, P)."""
     if isinstance(value, np.ndarray):
+        if value.ndim != 2 or not np.issubdtype(value.dtype, np.integer):
+            raise CoterieError(f"{path}: {what} is {value.dtype} {value.shape}, must be whole numbers (layers, slots)")
         return value
     # Looked at before numpy does: nested lists that share their parts can stand for more than any memory holds.
     flat = isinstance(value, list) and all(isinstance(row, list) for row in value)

@@ -230,7 +230,7 @@ def test_nan_counts_and_wrong_shapes_are_refused(tmp_path):
         (torch.ones(2, 8, dtype=torch.int32), r"\(2, 8\), must be whole numbers with 3"),
         (torch.full((2, 2, 8), -1, dtype=torch.int32), "holds -1"),
         (torch.zeros(2, 2, 8, dtype=torch.int32), "no token was counted"),
-        ([[1]], "is no tensor"),
+        ([[1]], "is no plain tensor"),
     ):
         with pytest.raises(CoterieError, match=message):
             stat(counts)

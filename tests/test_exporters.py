@@ -243,6 +243,7 @@ BROKEN = {
     "cut.yaml": ("num_slots: 12\ninitial_global_assignments: {1: [0, 1", "not YAML"),
     "list.yaml": ("[1, 2]", "not a load balancer configuration"),
     "pickled.yaml": ("!!python/object/apply:os.system ['false']", "not YAML"),
+    "deep.yaml": ("[" * 100_000, "not YAML"),
     "more.yaml": ("num_slots: 12\ninitial_global_assignments: {}\nmore: 1", "not a load balancer configuration"),
     "layer.yaml": ("num_slots: 1\ninitial_global_assignments: {1: [0]}", "no layer 3"),
     "text.yaml": ("num_slots: 2\ninitial_global_assignments: {1: [a, b], 3: [a, b]}", "whole numbers"),
@@ -285,6 +286,10 @@ def test_sglang_tensors_are_read_too(tmp_path):
     torch.save({"physical_to_logical_map": torch.tensor(rows)}, tmp_path / "map.pt")
     again = read_any_map(tmp_path / "map.pt", some_map().model, 4, 2)
     assert (again.physical_to_logical_map == some_map().physical_to_logical_map).all()
+    for odd in (torch.tensor(3), torch.zeros(5, 12), torch.zeros(2, 2, 2, dtype=torch.int64)):
+        torch.save({"physical_to_logical_map": odd}, tmp_path / "odd.pt")
+        with pytest.raises(CoterieError, match=r"must be whole numbers \(layers, slots\)"):
+            read_any_map(tmp_path / "odd.pt", some_map().model, 4)
     torch.save({"physical_to_logical_map": torch.tensor(rows), "more": 1}, tmp_path / "more.pt")
     with pytest.raises(CoterieError, match="neither"):
         read_any_map(tmp_path / "more.pt", some_map().model, 4)

@@ -5,6 +5,7 @@ Heavy libraries are imported by the commands that need them.
 
 from __future__ import annotations
 
+import io
 import sys
 
 from rich.console import Console
@@ -18,6 +19,9 @@ __all__ = ["app", "exports", "imports", "main", "plans", "profiles", "runs"]
 
 def main() -> None:
     """Run the command line; a mistake that the user can mend is one line and exit code 1."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # names out of files, or tables, may have what it cannot encode
+            stream.reconfigure(errors="backslashreplace")
     try:
         app()
     except (CoterieError, OSError, MemoryError) as error:  # what the system itself refuses is the user's to mend too

@@ -69,8 +69,8 @@ def whole_numbers(path: Path, name: str, tensor: Any, ndim: int) -> npt.NDArray[
     """
     import torch
 
-    if not isinstance(tensor, torch.Tensor):
-        raise CoterieError(f"{path}: {name} is no tensor; record again")
+    if not isinstance(tensor, torch.Tensor) or tensor.layout != torch.strided or tensor.device.type != "cpu":
+        raise CoterieError(f"{path}: {name} is no plain tensor; record again")
     if tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
         raise CoterieError(f"{path}: {name} {tuple(tensor.shape)} is larger than what the file holds; record again")
     if tensor.is_floating_point() and bool(tensor.isnan().any()):
