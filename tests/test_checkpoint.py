@@ -181,6 +181,26 @@ def test_what_lies_beside_the_weights_comes_along(tmp_path):
             assert name in shard.keys()  # noqa: SIM118 (not a dict)
 
 
+def test_tied_weights_and_links_to_a_cache_are_followed(tmp_path):
+    """As the hub's client lays a snapshot out: links to blobs; the output layer is the embedding's, and not saved."""
+    model = tiny_model("olmoe", tie_word_embeddings=True)
+    model.save_pretrained(tmp_path / "blobs")
+    assert not any("lm_head" in name for name in load_file(tmp_path / "blobs" / "model.safetensors"))
+    (tmp_path / "snapshot").mkdir()
+    for path in (tmp_path / "blobs").iterdir():
+        (tmp_path / "snapshot" / path.name).symlink_to(path)
+    placement = any_plan(read_spec(model, "olmoe"))
+    permute_checkpoint(tmp_path / "snapshot", tmp_path / "planned", placement)
+    assert not any(path.is_symlink() for path in (tmp_path / "planned").iterdir())
+
+    def load(name: str) -> torch.nn.Module:
+        return type(model).from_pretrained(tmp_path / name, dtype=torch.float32).eval()
+
+    comparison = compare(lambda: load("snapshot"), lambda: load("planned"), placement, torch.arange(3, 43)[None])
+    assert comparison.agrees(1e-6)
+    assert comparison.same_selection == 1
+
+
 def test_mtp_layers_stay_as_they_are(tmp_path):
     _, placement = save_tiny("deepseek_v3", tmp_path / "original")
     shard = sorted((tmp_path / "original").glob("*.safetensors"))[0]

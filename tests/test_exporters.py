@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from hypothesis import strategies as st
 from safetensors.numpy import load_file, save_file
 
 import profiler.files
+from placement.backends import BACKENDS
 from placement.exporters import eplb, sglang, tensorrt_llm, vllm, vllm_ascend
 from placement.exporters.checkpoint import permute_checkpoint
 from placement.exporters.contract import PROVENANCE, ServedModel, write_export
@@ -179,6 +181,23 @@ def test_the_plan_knows_its_hidden_layers():
     placement = some_map(num_hidden_layers=6)
     layers = ServedModel(placement.model.num_hidden_layers)
     assert len(json.loads(sglang.export(placement, Path("/x"), layers).content)["physical_to_logical_map"]) == 6
+
+
+def test_the_page_has_every_engine_and_how_it_sends():
+    """Rows such as | `a-b`, `-c` | chosen by | per rank, per expert | ...: a short name ends like the one before."""
+    rows = {}
+    for line in (Path(__file__).parents[1] / "docs" / "engines.md").read_text().splitlines():
+        cells = [cell.strip() for cell in line.split("|")]
+        if len(cells) != 6 or not any(mode in cells[3] for mode in ("per rank", "per expert", "to all")):
+            continue
+        names, first = re.findall(r"`([^`]+)`", cells[1]), ""
+        for number, name in enumerate(names):
+            first = first or name
+            stem = next((known for known in BACKENDS if name[0] == "-" and known.endswith(name)
+                         and first.startswith(known.removesuffix(name))), name)  # fmt: skip
+            modes = cells[3].partition(";")[0].split(", ")
+            rows[stem] = modes[number if len(modes) == len(names) else 0].replace(" ", "-")
+    assert rows == {name: backend.sends for name, backend in BACKENDS.items()}
 
 
 def empty_slots() -> PlacementMap:
