@@ -13,7 +13,7 @@ import typer
 from rich.table import Column, Table
 from typer.core import TyperGroup
 
-from placement.cli.app import Data, Json, Model, app, notes, print_json, progress_bar, tables
+from placement.cli.app import Data, Json, Model, app, notes, print_json, progress_bar, tables, waiting
 from placement.cli.tables import profile_table
 from profiler.errors import CoterieError
 from profiler.files import require_writable
@@ -86,7 +86,7 @@ def profile(
     documents = read_documents(
         data or [zoo.CALIBRATION], text_field=text_field, domain_field=domain_field, split=split, seed=seed
     )
-    with notes.status(f"loading {model or zoo.NAME}"):
+    with waiting(f"loading {model or zoo.NAME}"):
         loaded = load_model(model, device, device_map=device_map, dtype=dtype)
     started = time.perf_counter()
     try:
@@ -195,7 +195,8 @@ def show_profile(stored: StoredProfile, as_json: bool, how: str) -> None:
     dummy = stored.provenance.get("dummy_tokens", 0)
     if dummy:
         notes.print(
-            f"[bold]{dummy:,} of {stored.num_tokens:,} tokens pick the same in every layer as at least 1% of all do[/]"
-            ": warm-up, dummy or padding rows? Record without them"
+            f"{dummy:,} of {stored.num_tokens:,} tokens pick the same in every layer as at least 1% of all do"
+            ": warm-up, dummy or padding rows? Record without them",
+            style="bold",
         )
     notes.print(f"wrote {stored.folder}: {stored.num_tokens:,} tokens, {how}")
