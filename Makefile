@@ -2,7 +2,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-engines lint types check model benchmarks clean
+.PHONY: demo test test-engines fuzz lint types check model benchmarks clean
 
 demo: $(VENV)/installed  ## profile, plan, run and show the embedded model
 	$(BIN)/coterie demo
@@ -12,6 +12,9 @@ test: $(VENV)/installed  ## the whole test suite
 
 test-engines: $(VENV)/installed  ## released SGLang, vLLM and vllm-ascend load what is exported; downloads 105 MB
 	COTERIE_TEST_ENGINES=1 $(BIN)/python -m pytest tests/test_engines.py tests/test_checkpoint.py -rs
+
+fuzz: $(VENV)/installed  ## 3,000 broken inputs, about 3 minutes, for every night; `make test` has 300
+	COTERIE_FUZZ=3000 $(BIN)/python -m pytest tests/test_fuzz.py
 
 lint: $(VENV)/installed
 	$(BIN)/ruff check .
@@ -33,6 +36,7 @@ benchmarks: $(VENV)/installed  ## measure again what benchmarks/results holds
 	$(BIN)/python -m benchmarks.routing_structure
 	$(BIN)/python -m benchmarks.planner
 	$(BIN)/python -m benchmarks.permuting
+	$(BIN)/python -m benchmarks.constraints
 
 $(VENV)/installed: pyproject.toml requirements.lock
 	$(PYTHON) -c 'import sys; sys.exit(f"Python 3.11 or newer is needed, this is {sys.version.split()[0]}; set PYTHON=..." if sys.version_info < (3, 11) else 0)'

@@ -19,7 +19,15 @@ PACKAGES = ("numba", "numpy", "torch", "transformers")
 def circumstances() -> dict[str, Any]:
     """Date, commit, processor and versions."""
     commit = _git("rev-parse", "--short", "HEAD")
-    changed = _git("status", "--porcelain", "--", ".", ":!benchmarks/results")
+    changed = _git(
+        "status",
+        "--porcelain",
+        "--",
+        ".",
+        ":!benchmarks/results",
+        ":!benchmarks/runtime/*.md",
+        ":!benchmarks/runtime/*.json",
+    )
     names = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
     return {
         "date": datetime.date.today().isoformat(),

@@ -11,12 +11,10 @@ import numpy.typing as npt
 from placement.exporters.checkpoint import read_permuted_map
 from placement.placement_map import PlacementMap
 from placement.topology import Topology
-from profiler.errors import CoterieError
-from profiler.files import read_json
+from profiler.errors import CoterieError, first_line
+from profiler.files import read_json, read_pt
+from profiler.importers.load_balancer import LoadBalancer
 from profiler.spec import MoESpec
-
-MAX_YAML = 64 * 2**20
-"""Bytes of the largest load balancer configuration that is parsed; 256 experts in 64 layers take 100 KB."""
 
 
 def read_any_map(
@@ -50,7 +48,8 @@ def read_any_map(
         else:
             rows, name = _sglang_rows(value, path, model), "SGLang map"
     elif path.suffix in (".yaml", ".yml"):
-        rows, name = _tensorrt_llm_rows(path, model), "TensorRT-LLM map"
+        rows = np.array(LoadBalancer.read(path).rows(path, list(model.layer_ids)))
+        name = "TensorRT-LLM map"
     else:
         loaded = _read_tensor(path)
         of_sglang = isinstance(loaded, dict)
@@ -69,6 +68,11 @@ def read_any_map(
         raise CoterieError(
             f"{path}: {rows.shape[1]} slots cannot be shared by {num_ranks} ranks on {num_nodes} nodes; give others"
         )
+    if rows.shape[1] > num_ranks * model.num_experts:  # before a tensor of any claimed size is copied
+        raise CoterieError(
+            f"{path}: {rows.shape[1]} slots, {num_ranks} ranks with {model.num_experts} experts each fill at most "
+            f"{num_ranks * model.num_experts}; is it for another model?"
+        )
     topology = Topology(num_nodes, num_ranks // num_nodes, rows.shape[1] // num_ranks)
     try:
         return PlacementMap(model, topology, rows.astype(np.int64), {"name": name})
@@ -84,13 +88,18 @@ def _of_these_ranks(placement: PlacementMap, path: Path, num_ranks: int | None) 
 
 def _rows(value: Any, path: Path, what: str) -> npt.NDArray[Any]:
     """Equally long lists of whole numbers, int (L, P)."""
-    try:
-        rows = np.array(value)
-    except (ValueError, OverflowError):
-        rows = np.empty(0)
-    if rows.ndim != 2 or not np.issubdtype(rows.dtype, np.integer):
+    if isinstance(value, np.ndarray):
+        if value.ndim != 2 or not np.issubdtype(value.dtype, np.integer):
+            raise CoterieError(f"{path}: {what} is {value.dtype} {value.shape}, must be whole numbers (layers, slots)")
+        return value
+    # Looked at before numpy does: nested lists that share their parts can stand for more than any memory holds.
+    flat = isinstance(value, list) and all(isinstance(row, list) for row in value)
+    if not flat or any(type(item) is not int for row in value for item in row) or len({len(row) for row in value}) != 1:
         raise CoterieError(f"{path}: {what} must be equally long rows of whole numbers")
-    return rows
+    try:
+        return np.array(value, dtype=np.int64)
+    except OverflowError:
+        raise CoterieError(f"{path}: {what} holds a number that is no expert") from None
 
 
 def _sglang_rows(value: dict[str, Any], path: Path, model: MoESpec) -> npt.NDArray[Any]:
@@ -107,32 +116,6 @@ def _sglang_rows(value: dict[str, Any], path: Path, model: MoESpec) -> npt.NDArr
     if model.num_hidden_layers and len(rows) != model.num_hidden_layers:
         raise CoterieError(f"{path}: {len(rows)} rows, the model has {model.num_hidden_layers} hidden layers")
     return rows[list(model.layer_ids)]
-
-
-def _tensorrt_llm_rows(path: Path, model: MoESpec) -> npt.NDArray[Any]:
-    import yaml
-
-    try:
-        if path.stat().st_size > MAX_YAML:
-            raise CoterieError(f"{path}: {path.stat().st_size:,} bytes, at most {MAX_YAML:,} are read as YAML")
-        value = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise CoterieError(f"{path}: no such file") from None
-    except (yaml.YAMLError, UnicodeDecodeError, RecursionError, ValueError) as error:
-        raise CoterieError(f"{path}: truncated, or not YAML ({type(error).__name__})") from error
-    keys = {"num_slots", "initial_global_assignments", "layer_updates_per_iter"}
-    if not isinstance(value, dict) or not keys - {"layer_updates_per_iter"} <= set(value) <= keys:
-        raise CoterieError(
-            f"{path}: not a load balancer configuration of TensorRT-LLM, which has {', '.join(sorted(keys))}"
-        )
-    assignments = value["initial_global_assignments"]
-    missing = [layer for layer in model.layer_ids if not isinstance(assignments, dict) or layer not in assignments]
-    if missing:
-        raise CoterieError(f"{path}: initial_global_assignments has no layer {missing[0]}, a MoE layer of the model")
-    rows = _rows([assignments[layer] for layer in model.layer_ids], path, "initial_global_assignments")
-    if rows.shape[1] != value["num_slots"]:
-        raise CoterieError(f"{path}: rows of {rows.shape[1]} experts, num_slots is {value['num_slots']}")
-    return rows
 
 
 def _ascend_rows(value: dict[str, Any], path: Path, num_ranks: int | None) -> npt.NDArray[Any]:
@@ -176,7 +159,7 @@ def _read_tensor(path: Path) -> npt.NDArray[Any] | dict[str, Any]:
         if path.suffix == ".pt":
             import torch
 
-            loaded = torch.load(path, map_location="cpu", weights_only=True)
+            loaded = read_pt(path)
             if isinstance(loaded, dict) and isinstance(loaded.get("physical_to_logical_map"), torch.Tensor):
                 return {**loaded, "physical_to_logical_map": loaded["physical_to_logical_map"].numpy()}
             if isinstance(loaded, dict):
@@ -189,5 +172,5 @@ def _read_tensor(path: Path) -> npt.NDArray[Any] | dict[str, Any]:
     except CoterieError:
         raise
     except Exception as error:  # what loading a broken file raises is any library's choice
-        raise CoterieError(f"{path}: cannot be read as a tensor ({str(error).splitlines()[0]})") from error
+        raise CoterieError(f"{path}: cannot be read as a tensor ({first_line(error)})") from error
     raise CoterieError(f"{path}: not known as a map; give .json, .yaml, .npy, .safetensors, .pt or a folder")

@@ -15,7 +15,7 @@ import pandas as pd
 from placement.bootstrap import bootstrap
 from placement.cost import Metrics, evaluate
 from placement.placement_map import PlacementMap
-from placement.runtime.bench import BenchResult
+from placement.runtime.results import BenchResult
 from placement.sufficiency import Planner, Recommendation, convergence, recommend, some_layers, split_half, transfer
 from placement.topology import Topology
 from profiler.analysis import affinity_table, collaborator_table, community_table, expert_table, load_table
@@ -120,8 +120,10 @@ def gather(
     if held_out:
         placement.require_model(held_out.model)
     ranks = placement.topology.num_ranks
-    if bench is not None and bench.num_ranks != ranks:
-        raise CoterieError(f"the bench ran on {bench.num_ranks} ranks, the plan is for {ranks}; bench this plan")
+    if bench is not None and not bench.on(ranks):
+        raise CoterieError(
+            f"the bench ran on {bench.runs[0].num_ranks} ranks, the plan is for {ranks}; bench this plan"
+        )
     planned, measured, seen = planned_and_measured(profile, placement, held_out)
     tokens = measured.require_tokens()
     topology = Topology.for_experts(

@@ -6,11 +6,12 @@ import contextlib
 import errno
 import json
 import os
-from collections.abc import Iterable
+import zipfile
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from profiler.errors import CoterieError
+from profiler.errors import CoterieError, first_line
 
 
 def require_writable(path: Path) -> None:
@@ -67,21 +68,34 @@ def write_bytes(path: Path, *parts: bytes, to_disk: bool = True) -> None:
     Raises:
         CoterieError: the file cannot be written.
     """
-    temporary = path.with_name(f".{path.name}.partial")
+    write_together({path: parts}, to_disk=to_disk)
+
+
+def write_together(files: Mapping[Path, Sequence[bytes]], *, to_disk: bool = True) -> None:
+    """Write files that belong together, each from its parts; all are complete before the first gets its name.
+
+    Raises:
+        CoterieError: one of them cannot be written; what had their names before is still there then.
+    """
+    temporaries = {path: path.with_name(f".{path.name}.partial") for path in files}
+    path = next(iter(files))
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with temporary.open("wb") as file:
-            file.writelines(parts)
-            file.flush()
-            if to_disk:
-                os.fsync(file.fileno())
-        temporary.replace(path)
+        for path, parts in files.items():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with temporaries[path].open("wb") as file:
+                file.writelines(parts)
+                file.flush()
+                if to_disk:
+                    os.fsync(file.fileno())
+        for path, temporary in temporaries.items():
+            temporary.replace(path)
     except OSError as error:
         remedy = "free some space" if error.errno == errno.ENOSPC else "give a writable path to -o"
         raise CoterieError(f"{path}: cannot be written ({error.strerror}); {remedy}") from error
     finally:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
+        for temporary in temporaries.values():
+            with contextlib.suppress(OSError):
+                temporary.unlink()
 
 
 def sync(paths: Iterable[Path]) -> None:
@@ -117,3 +131,27 @@ def read_json(path: Path, what: str, remedy: str) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise CoterieError(f"{path}: not {what} (a JSON object is expected); {remedy}")
     return value
+
+
+def read_pt(path: Path) -> Any:
+    """What a file of `torch.save` holds, plain containers and tensors only: nothing in it is run.
+
+    Its tensors stay on the disk until they are read.
+
+    Raises:
+        CoterieError: it is missing, truncated, holds code, or is older than torch 1.6.
+    """
+    import torch  # takes seconds
+
+    try:
+        if not zipfile.is_zipfile(path):  # a bare pickle, say
+            raise CoterieError(f"{path}: refused, truncated or not written by torch.save; save it again")
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except FileNotFoundError:
+        raise CoterieError(f"{path}: no such file") from None
+    except CoterieError:
+        raise
+    except Exception as error:  # what loading a broken file raises is any library's choice
+        code = "Weights only load failed" in str(error)
+        reason = "it holds code, not only tensors" if code else first_line(error)
+        raise CoterieError(f"{path}: refused, truncated or no file of tensors ({reason}); save it again") from error

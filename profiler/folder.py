@@ -111,7 +111,7 @@ def open_profile(folder: Path) -> StoredProfile:
             digest=header["digest"],
         )
         expected_digest = content_digest(stored.model, stored.domains, header["files"])
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError, SafetensorError) as error:
         raise CoterieError(
             f"{folder}: not a readable profile ({type(error).__name__}: {error}); profile again"
         ) from error

@@ -15,7 +15,7 @@ import torch
 
 from profiler import zoo
 from profiler.calibration import Batch, Batches, Document, make_batches
-from profiler.errors import CoterieError
+from profiler.errors import CoterieError, first_line
 from profiler.families import read_spec
 from profiler.spec import MoESpec
 
@@ -101,6 +101,7 @@ def load_model(
     *,
     device_map: str | Mapping[str, str | int] | None = None,
     dtype: str | None = None,
+    with_tokenizer: bool = True,
 ) -> LoadedModel:
     """Load a model for inference, without running code that comes with it.
 
@@ -111,6 +112,7 @@ def load_model(
             `DEVICE_MAPS`, or a device for each module as transformers takes it.  Weights that go to the disk are
             written to the folder for temporary files (TMPDIR) and removed with the model.
         dtype: one of `DTYPES`, `auto` for weights as they were saved; None for float32 on the CPU and `auto` elsewhere.
+        with_tokenizer: False where no text is to be read; the model's folder then needs none.
 
     Raises:
         CoterieError: there is no such model, it cannot be loaded, or both a device and a device map are given.
@@ -137,16 +139,15 @@ def load_model(
     dtype = dtype or ("float32" if device == "cpu" else "auto")
     offload_folder = None if device_map is None else tempfile.mkdtemp(prefix="coterie-")
     try:
-        tokenizer = AutoTokenizer.from_pretrained(source)
+        tokenizer = AutoTokenizer.from_pretrained(source) if with_tokenizer else None
         loaded = AutoModelForCausalLM.from_pretrained(
             source, dtype=dtype, device_map=device_map, offload_folder=offload_folder
         )
     except Exception as error:  # what loading a broken folder raises is any library's choice
         if offload_folder is not None:
             shutil.rmtree(offload_folder, ignore_errors=True)
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise CoterieError(
-            f"{source}: cannot be loaded as a model ({reason}); give a model folder or hub id"
+            f"{source}: cannot be loaded as a model ({first_line(error)}); give a model folder or hub id"
         ) from error
     if offload_folder is not None:
         weakref.finalize(loaded, shutil.rmtree, offload_folder, ignore_errors=True)
@@ -154,9 +155,8 @@ def load_model(
         try:
             loaded = loaded.to(device)
         except (AssertionError, RuntimeError) as error:
-            reason = str(error).strip().splitlines()[0]
             raise CoterieError(
-                f"device {device!r}: cannot be used ({reason}); give one such as cpu or cuda:0"
+                f"device {device!r}: cannot be used ({first_line(error)}); give one such as cpu or cuda:0"
             ) from error
     name = zoo.NAME if model is None else Path(source).name if Path(source).is_dir() else source
     return LoadedModel(name, loaded.eval(), tokenizer)
@@ -182,10 +182,9 @@ def read_shape(model: str) -> tuple[MoESpec, int]:
         with torch.device("meta"):
             empty = AutoModelForCausalLM.from_config(config, dtype=getattr(config, "dtype", None))
     except Exception as error:  # what a broken config raises is any library's choice
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise CoterieError(
-            f"{model}: its config cannot be read ({reason}); give a folder with config.json or a hub id, or leave "
-            "--model out and give --num-experts, --top-k and the sizes"
+            f"{model}: its config cannot be read ({first_line(error)}); give a folder with config.json or a hub id, or "
+            "leave --model out and give --num-experts, --top-k and the sizes"
         ) from error
     name = Path(model).name if Path(model).is_dir() else model
     return read_spec(empty, name), int(config.get_text_config().num_hidden_layers)

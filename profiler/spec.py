@@ -11,6 +11,9 @@ from profiler.errors import CoterieError
 MAX_EXPERTS = 65_535
 """Expert ids are stored in at most 16 bits, all-ones meaning "no expert"."""
 
+UNNAMED = "unknown"
+"""Name of a model that a recording does not name."""
+
 
 @dataclass(frozen=True)
 class MoESpec:

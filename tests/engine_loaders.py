@@ -1,6 +1,6 @@
-"""Runs the loaders of released engines on files of ours; a process of its own, since it fills sys.modules with stubs.
+"""Runs the loaders and recorders of released engines; a process of its own, since it fills sys.modules with stubs.
 
-python engine_loaders.py ENGINE SOURCE ARGUMENTS prints what the engine made of the file as JSON. SOURCE is where the
+python engine_loaders.py WHAT SOURCE ARGUMENTS prints what the engine made of a file of ours, or recorded, as JSON. SOURCE is where the
 engine's own code was unpacked. Only what its loader imports without using, or asks its runtime for, is a stub.
 """
 
@@ -79,6 +79,104 @@ def load_sglang(source: Path, asked: dict[str, Any]) -> list[dict[str, Any]]:
     return out
 
 
+def record_sglang(source: Path, asked: dict[str, Any]) -> None:
+    """Its recorder on passes of tokens, rank by rank; it writes .pt files where its environment variable says."""
+    from contextlib import contextmanager
+
+    import numpy as np
+    import torch
+
+    class Withable:
+        value = None
+
+        @contextmanager
+        def with_value(self, value: object) -> Any:
+            self.value = value
+            yield
+            self.value = None
+
+    srt = source / "sglang" / "srt"
+    package("sglang", source / "sglang")
+    package("sglang.srt", srt)
+    package("sglang.srt.eplb", srt / "eplb")
+    package("einops", reduce=None)  # of metrics only
+    package("sglang.srt.metrics")
+    package("sglang.srt.metrics.collector", ExpertDispatchCollector=None)
+    package("sglang.srt.observability")
+    metrics = {"STAT_LOGGER_ROLE_EXPERT_DISPATCH": None, "resolve_collector_class": None}
+    package("sglang.srt.observability.metrics_collector", ExpertDispatchCollector=None, **metrics)
+    package("sglang.srt.model_executor")
+    package("sglang.srt.model_executor.forward_batch_info", ForwardBatch=None, ForwardMode=None)
+    package("sglang.srt.server_args", ServerArgs=None)
+    package("sglang.srt.layers")
+    package("sglang.srt.layers.moe", get_moe_a2a_backend=None)  # asked on ROCm only
+    package("sglang.srt.utils", Withable=Withable, get_int_env_var=None, get_device=lambda: "cpu")
+    settings = SimpleNamespace(
+        expert_distribution_recorder_mode=asked["mode"],
+        expert_distribution_recorder_buffer_size=100,
+        eplb_min_rebalancing_utilization_threshold=1.0,
+        enable_expert_distribution_metrics=False,
+        moe_a2a_backend="deepep",
+        deepep_mode="normal",
+        chunked_prefill_size=256,
+        enable_two_batch_overlap=False,
+        is_hip=False,
+        device="cpu",
+    )
+    package(
+        "sglang.srt.runtime_context",
+        get_device=lambda: settings,
+        get_exec=lambda: SimpleNamespace(moe=settings, overlap=settings),
+        get_platform=lambda: settings,
+        get_schedule=lambda: settings,
+        logs_expert_balancedness_to_server_log=lambda: False,
+        reports_expert_balancedness=lambda: False,
+    )
+    module = importlib.import_module("sglang.srt.eplb.expert_distribution")
+    zeros = torch.zeros
+    torch.zeros = lambda *shape, **options: zeros(*shape, **{**options, "device": "cpu"})  # 0.5.6 says cuda
+    torch.cuda.empty_cache = lambda: None
+    torch.get_device_module = lambda: SimpleNamespace(empty_cache=lambda: None)
+    arrays = np.load(asked["passes"])
+    slots_LP = torch.from_numpy(arrays["slots"])
+    location = SimpleNamespace(
+        num_layers=len(slots_LP),
+        num_physical_experts=slots_LP.shape[1],
+        num_logical_experts=int(slots_LP.max()) + 1,
+        num_local_physical_experts=slots_LP.shape[1] // asked["num_ranks"],
+        physical_to_logical_map=slots_LP,
+        ep_size=asked["num_ranks"],
+    )
+    counted: list[Any] = []
+    for rank in reversed(range(asked["num_ranks"])):  # the first rank last: it writes what all have counted
+
+        def all_reduce(counts: Any, op: Any, rank: int = rank) -> None:
+            counted.append(counts.clone())
+            counts.copy_(torch.stack(counted).sum(dim=0))
+
+        torch.distributed.all_reduce = all_reduce
+        arguments = (location, rank) if (srt / "runtime_context.py").exists() else (settings, location, rank)
+        recorder = module.ExpertDistributionRecorder.init_new(*arguments)
+        recorder.start_record()
+        for number in range(asked["num_passes"]):
+            picked = torch.from_numpy(arrays[f"ids_{number}_{rank}"])  # slots (layers, tokens, K), -1 in dense layers
+            positions = torch.from_numpy(arrays[f"positions_{number}"])
+            extend = number == 0
+            batch = SimpleNamespace(
+                input_ids=torch.from_numpy(arrays[f"tokens_{number}"]),
+                positions=positions,
+                extend_seq_lens_cpu=arrays["lengths"].tolist() if extend else None,
+                forward_mode=SimpleNamespace(value=1 if extend else 2),
+            )
+            with recorder.with_forward_pass(number + 1, batch):
+                for layer, ids in enumerate(picked):
+                    if (ids >= 0).all():
+                        with recorder.with_current_layer(layer):
+                            recorder.on_select_experts(topk_ids=ids)
+        recorder.stop_record()
+        recorder.dump_record()
+
+
 def load_vllm(source: Path, asked: dict[str, Any]) -> dict[str, Any]:
     """vLLM's plugin loader, then its table of policies: the answer for the model, for a draft, and unless asked."""
     import torch
@@ -154,5 +252,10 @@ def load_vllm_ascend(source: Path, asked: dict[str, Any]) -> list[list[dict[str,
 
 
 if __name__ == "__main__":
-    loaders = {"sglang": load_sglang, "vllm": load_vllm, "vllm-ascend": load_vllm_ascend}
+    loaders = {
+        "sglang": load_sglang,
+        "sglang-recorder": record_sglang,
+        "vllm": load_vllm,
+        "vllm-ascend": load_vllm_ascend,
+    }
     print(json.dumps(loaders[sys.argv[1]](Path(sys.argv[2]), json.loads(sys.argv[3]))))

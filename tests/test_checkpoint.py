@@ -181,6 +181,26 @@ def test_what_lies_beside_the_weights_comes_along(tmp_path):
             assert name in shard.keys()  # noqa: SIM118 (not a dict)
 
 
+def test_tied_weights_and_links_to_a_cache_are_followed(tmp_path):
+    """As the hub's client lays a snapshot out: links to blobs; the output layer is the embedding's, and not saved."""
+    model = tiny_model("olmoe", tie_word_embeddings=True)
+    model.save_pretrained(tmp_path / "blobs")
+    assert not any("lm_head" in name for name in load_file(tmp_path / "blobs" / "model.safetensors"))
+    (tmp_path / "snapshot").mkdir()
+    for path in (tmp_path / "blobs").iterdir():
+        (tmp_path / "snapshot" / path.name).symlink_to(path)
+    placement = any_plan(read_spec(model, "olmoe"))
+    permute_checkpoint(tmp_path / "snapshot", tmp_path / "planned", placement)
+    assert not any(path.is_symlink() for path in (tmp_path / "planned").iterdir())
+
+    def load(name: str) -> torch.nn.Module:
+        return type(model).from_pretrained(tmp_path / name, dtype=torch.float32).eval()
+
+    comparison = compare(lambda: load("snapshot"), lambda: load("planned"), placement, torch.arange(3, 43)[None])
+    assert comparison.agrees(1e-6)
+    assert comparison.same_selection == 1
+
+
 def test_mtp_layers_stay_as_they_are(tmp_path):
     _, placement = save_tiny("deepseek_v3", tmp_path / "original")
     shard = sorted((tmp_path / "original").glob("*.safetensors"))[0]
@@ -335,6 +355,35 @@ def test_rewriting_is_what_numpy_does(tmp_path_factory, data, outer, num_experts
     assert max(written) <= max(chunk, ids.nbytes)
     with safe_open(folder / "b", "np") as file:
         assert file.metadata() == {"format": "pt"}
+
+
+@pytest.mark.parametrize(
+    "entry",
+    [
+        {"dtype": "F32", "shape": ["2"], "data_offsets": [0, 8]},
+        {"dtype": "F32", "shape": [-2], "data_offsets": [0, 8]},
+        {"dtype": "F32", "shape": [3], "data_offsets": [0, 8]},
+        {"dtype": "F32", "shape": [2], "data_offsets": [0, 8, 9]},
+        {"dtype": 32, "shape": [2], "data_offsets": [0, 8]},
+        {"dtype": "F32", "shape": [2.0], "data_offsets": [0, 8]},
+        [],
+    ],
+)
+def test_headers_that_do_not_add_up_are_refused(tmp_path, entry):
+    text = json.dumps({"a": entry}).encode()
+    (tmp_path / "a").write_bytes(len(text).to_bytes(8, "little") + text + bytes(8))
+    with pytest.raises(CoterieError, match="not a safetensors file"):
+        read_header(tmp_path / "a")
+
+
+def test_ids_and_rows_that_do_not_fit_are_refused(tmp_path):
+    save_file({"ids": np.array([0, 1, 5])}, tmp_path / "a")
+    with pytest.raises(CoterieError, match="ids: expert 5, must be below 3"):
+        rewrite(tmp_path / "a", tmp_path / "b", [Edit("ids", new_id=(2, 0, 1))], lambda _: None)
+    text = json.dumps({"half": {"dtype": "F4", "shape": [2, 3], "data_offsets": [0, 3]}}).encode()
+    (tmp_path / "c").write_bytes(len(text).to_bytes(8, "little") + text + bytes(3))
+    with pytest.raises(CoterieError, match="are no whole bytes"):
+        rewrite(tmp_path / "c", tmp_path / "d", [Edit("half", 0, (1, 0))], lambda _: None)
 
 
 def test_memory_is_bounded(tmp_path):

@@ -230,7 +230,7 @@ def test_nan_counts_and_wrong_shapes_are_refused(tmp_path):
         (torch.ones(2, 8, dtype=torch.int32), r"\(2, 8\), must be whole numbers with 3"),
         (torch.full((2, 2, 8), -1, dtype=torch.int32), "holds -1"),
         (torch.zeros(2, 2, 8, dtype=torch.int32), "no token was counted"),
-        ([[1]], "is no tensor"),
+        ([[1]], "is no plain tensor"),
     ):
         with pytest.raises(CoterieError, match=message):
             stat(counts)
@@ -259,6 +259,10 @@ def test_recordings_of_two_models_are_refused(tmp_path):
     for kind in ("stat", "token"):
         with pytest.raises(CoterieError, match="recordings of two models"):
             read_sglang([tmp_path / f"{name}-{kind}.pt" for name in "ab"], Known(top_k=2))
+    fewer = sglang_record(2, 1, random_ids(0, 2, 30, 8, 1).astype(np.int64), range(30), EXTEND, [30], num_slots=8)
+    save_sglang(tmp_path / "c-token.pt", [fewer], np.tile(np.arange(8), (2, 1)))
+    with pytest.raises(CoterieError, match="top-k 1, a-token.pt has 2: recordings of two models"):
+        read_sglang([tmp_path / "a-token.pt", tmp_path / "c-token.pt"])
     with pytest.raises(CoterieError, match="responses of two models"):
         read_vllm([tmp_path / "a.json", tmp_path / "b.json"])
     with pytest.raises(CoterieError, match="recordings of two models"):
@@ -269,6 +273,21 @@ def test_recordings_of_two_models_are_refused(tmp_path):
         read_sglang([tmp_path / "a-token.pt"], Known(num_experts=16))
     with pytest.raises(CoterieError, match="top-2 is recorded, the model has top-8"):
         read_sglang([tmp_path / "a-token.pt"], Known(top_k=8))
+
+
+def test_ranks_with_other_layers_are_refused(tmp_path):
+    ids = random_ids(0, 3, 30, 8, 2)
+    (tmp_path / "router_trace_rank0.jsonl").write_text(megatron_lines(0, 0, ids))
+    (tmp_path / "router_trace_rank1.jsonl").write_text(megatron_lines(0, 1, ids[:2]))
+    with pytest.raises(CoterieError, match="rank1.jsonl: has 2 layers, all ranks together 3"):
+        read_megatron(tmp_path)
+
+
+def test_a_tensor_that_claims_more_than_its_file_holds_is_refused_at_once(tmp_path):
+    counts = torch.ones(1, dtype=torch.int32).expand(10**9, 1000, 1000)
+    torch.save({"rank": 0, "logical_count": counts}, tmp_path / "r.pt")
+    with pytest.raises(CoterieError, match="larger than what the file holds"):
+        read_sglang([tmp_path / "r.pt"], Known(top_k=2))
 
 
 def test_ids_outside_the_model_are_refused(tmp_path):

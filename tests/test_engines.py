@@ -5,6 +5,8 @@ Downloads with pip what it needs, once, to COTERIE_ENGINES or a folder of the us
 
 import json
 import os
+import re
+import shlex
 import subprocess
 import sys
 import tarfile
@@ -14,12 +16,17 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import make_spec
+from conftest import make_spec, random_ids, tiny_model
+from made_recordings import imported, map_with_copies, to_slots
+from typer.testing import CliRunner
 
+from placement.cli import app
 from placement.exporters import sglang, vllm, vllm_ascend
-from placement.exporters.contract import HiddenLayers, write_export
+from placement.exporters.contract import ServedModel, write_export
 from placement.placement_map import PlacementMap
 from placement.topology import Topology
+from profiler.importers.known import Known
+from profiler.importers.sglang import read_sglang
 
 ROOT = Path(__file__).parents[1]
 CACHE = Path(os.environ.get("COTERIE_ENGINES", Path.home() / ".cache" / "coterie" / "engines"))
@@ -103,7 +110,7 @@ def test_sglang_places_as_the_plan_says(tmp_path, version, copies):
     source = unpacked("sglang", version, "sglang/srt/")
     placement = some_map(copies)
     path = tmp_path / "map.json"
-    write_export(sglang.ENGINE, placement, path, HiddenLayers(6))
+    write_export(sglang.ENGINE, placement, path, ServedModel(6))
     asked = {"file": str(path), "num_hidden_layers": 6, "num_experts": 12, "num_ranks": 4, "num_nodes": 2}
     found = load("sglang", source, {**asked, "num_redundant_experts": 4 * copies})
     slots = placement.physical_to_logical_map
@@ -117,12 +124,117 @@ def test_sglang_places_as_the_plan_says(tmp_path, version, copies):
             assert (chosen[mine] // placement.topology.slots_per_rank == rank).all()  # own copies first
 
 
+def record(source: Path, folder: Path, model: Path, mode: str) -> tuple[np.ndarray, np.ndarray]:
+    """SGLang's own recorder on 4 prompts and 5 steps of decoding; the experts picked (L, T, K) and their sequences."""
+    config = json.loads((model / "config.json").read_text())
+    experts, top_k = config["n_routed_experts"], config["num_experts_per_tok"]
+    layers, dense = config["num_hidden_layers"], config["first_k_dense_replace"]
+    rng, lengths, arrays, picked, sequences = np.random.default_rng(0), np.array([9, 5, 7, 11]), {}, [], []
+    arrays["slots"] = slots = map_with_copies(rng, layers, experts, experts + 4)
+    arrays["lengths"] = lengths
+    for number in range(6):
+        count = lengths if number == 0 else np.ones(4, dtype=np.int64)
+        firsts = np.zeros(4, dtype=np.int64) if number == 0 else lengths + number - 1
+        positions = np.concatenate([first + np.arange(length) for first, length in zip(firsts, count, strict=True)])
+        arrays |= {f"positions_{number}": positions, f"tokens_{number}": rng.integers(0, 64, len(positions))}
+        ids = random_ids(number, layers, len(positions), experts, top_k).astype(np.int64)
+        physical = to_slots(rng, ids, slots)
+        physical[:dense] = -1
+        picked.append(ids[dense:])
+        sequences.append(np.repeat(np.arange(4), count))
+        for rank, part in enumerate(np.array_split(np.arange(len(positions)), 2)):  # scattered over two ranks
+            arrays[f"ids_{number}_{rank}"] = physical[:, part]
+    np.savez(folder / "passes.npz", **arrays)
+    asked = {"passes": str(folder / "passes.npz"), "num_passes": 6, "num_ranks": 2, "mode": mode}
+    where = {"SGLANG_EXPERT_DISTRIBUTION_RECORDER_DIR": str(folder / "recordings")}
+    load("sglang-recorder", source, asked, **where)
+    return np.concatenate(picked, axis=1), np.concatenate(sequences)
+
+
+@pytest.mark.parametrize("mode", ["stat", "per_pass", "per_token"])
+@pytest.mark.parametrize("version", SGLANG)
+def test_what_sglang_records_is_what_was_picked(tmp_path, version, mode):
+    tiny_model("deepseek_v3").config.save_pretrained(tmp_path / "model")
+    ids, sequences = record(unpacked("sglang", version, "sglang/srt/"), tmp_path, tmp_path / "model", mode)
+    assert len(list((tmp_path / "recordings").iterdir())) == (1 if mode == "stat" else 2)
+    known = Known.of_model(str(tmp_path / "model"))
+    profile = imported(read_sglang([tmp_path / "recordings"], known), tmp_path)
+    load_LE = np.stack([np.bincount(layer.ravel(), minlength=known.num_experts) for layer in ids])
+    assert (profile.counts.load == load_LE).all()
+    assert profile.num_tokens == ids.shape[1]
+    if mode == "per_token":
+        assert (np.sort(profile.tokens.topk_ids, axis=2) == np.sort(ids, axis=2)).all()
+        assert (profile.tokens.sequence_ids == sequences).all()
+        assert profile.tokens.phase.tolist() == [0] * 32 + [1] * 20
+    else:
+        assert "fan_out" in profile.provenance["cannot_tell"]
+
+
+@pytest.mark.parametrize("version", SGLANG)
+def test_the_complete_path_of_the_docs(tmp_path, monkeypatch, version):
+    """Recorded by SGLang's recorder, planned and exported by the commands of docs/engines.md, loaded by its loader."""
+    monkeypatch.chdir(tmp_path)
+    source, model = unpacked("sglang", version, "sglang/srt/"), Path("DeepSeek-V3")
+    tiny_model("deepseek_v3").config.save_pretrained(model)
+    record(source, tmp_path, model, "per_token")
+    text = (ROOT / "docs" / "engines.md").read_text()
+    commands = [line for line in text.splitlines() if line.startswith("coterie ")][:4]
+    assert [command.split()[1] for command in commands] == ["import", "plan", "evaluate", "export"]
+    for command in commands:
+        words = shlex.split(command.replace("--ranks 8", "--ranks 4"))
+        done = CliRunner().invoke(app, words[1:])
+        assert done.exit_code == 0, (command, done.output, done.exception)
+    wanted = text[text.index("# 4.") :].partition("\n")[2].partition("```")[0].replace("\\\n", " ").split()
+    ours = [word.replace("$PWD", str(tmp_path)) for word in wanted]
+    assert done.stdout.splitlines()[0].split() == ["4" if word == "8" else word for word in ours]
+    placement = PlacementMap.load_from(Path("plan.json"))
+    asked = {"file": "experts.json", "num_hidden_layers": 3, "num_experts": 8, "num_ranks": 4, "num_nodes": 1}
+    for of_rank in load("sglang", source, {**asked, "num_redundant_experts": 0}):
+        assert of_rank["phy2log"][1:] == placement.physical_to_logical_map.tolist()
+
+
+def options_of(source: Path, *folders: str) -> str:
+    """The code that defines an engine's options."""
+    files = [path for name in folders for path in sorted(source.glob(name)) if path.is_file()]
+    return "\n".join(path.read_text() for path in files)
+
+
+@pytest.mark.parametrize("version", SGLANG)
+def test_sglang_has_the_options_that_are_printed(version):
+    source = unpacked("sglang", version, "sglang/srt/") / "sglang" / "srt"
+    text = options_of(source, "server_args.py", "arg_groups/fields/*.py")
+    export = sglang.export(some_map(2), Path("/x/map.json"), ServedModel(6)).start
+    options = {*re.findall(r"--[a-z0-9-]+", export), "--expert-distribution-recorder-mode"}
+    assert len(options) == 10
+    for option in options:
+        field = option.removeprefix("--").replace("-", "_")
+        assert f'"{option}"' in text or re.search(rf"^    {field}: A\[", text, re.MULTILINE), option
+
+
+def test_vllm_has_the_options_that_are_printed():
+    source = unpacked("vllm", VLLM, "vllm/") / "vllm"
+    text = options_of(source, "engine/arg_utils.py")
+    config = (source / "config" / "parallel.py").read_text()
+    export = vllm.export(some_map(2), Path("/x/plan.json"), ServedModel(6)).start
+    ascend = vllm_ascend.export(some_map(2), Path("/x/map.json"), ServedModel(6)).start
+    for option in {*re.findall(r"--[a-z0-9-]+", export + ascend), "--enable-return-routed-experts"}:
+        assert f'"{option}"' in text, option
+    assert '"deepep_high_throughput"' in config
+    assert "num_redundant_experts:" in config
+
+
+def test_vllm_ascend_has_the_options_that_are_printed():
+    text = (unpacked("vllm-ascend", ASCEND, "vllm_ascend/") / "vllm_ascend" / "ascend_config.py").read_text()
+    assert '"eplb_config"' in text
+    assert '"expert_map_path"' in text
+
+
 @pytest.mark.parametrize("copies", [0, 2])
 def test_vllm_answers_with_the_plan(tmp_path, copies):
     source = unpacked("vllm", VLLM, "vllm/")
     placement = some_map(copies)
     path = tmp_path / "plan.json"
-    write_export(vllm.ENGINE, placement, path, HiddenLayers(6))
+    write_export(vllm.ENGINE, placement, path, ServedModel(6))
     entry_points = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["entry-points"]
     installed = tmp_path / "site" / "coterie_here-0.dist-info"  # as pip would leave it
     installed.mkdir(parents=True)
@@ -143,7 +255,7 @@ def test_vllm_ascend_places_as_the_plan_says(tmp_path, copies):
     source = unpacked("vllm-ascend", ASCEND, "vllm_ascend/")
     placement = some_map(copies)
     path = tmp_path / "map.json"
-    write_export(vllm_ascend.ENGINE, placement, path, HiddenLayers(6))
+    write_export(vllm_ascend.ENGINE, placement, path, ServedModel(6))
     found = load("vllm-ascend", source, {"file": str(path), "num_layers": 3, "num_experts": 12, "num_ranks": 4})
     for row, ranks in zip(placement.physical_to_logical_map, found, strict=True):
         held = row.reshape(4, -1)

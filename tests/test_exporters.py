@@ -1,6 +1,9 @@
 """What is written for an engine means the plan, is read back as the plan, or is refused with the reason."""
 
+import errno
 import json
+import os
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,10 +13,13 @@ import yaml
 from conftest import make_spec
 from hypothesis import given
 from hypothesis import strategies as st
-from safetensors.numpy import load_file
+from safetensors.numpy import load_file, save_file
 
-from placement.exporters import contract, eplb, sglang, tensorrt_llm, vllm, vllm_ascend
-from placement.exporters.contract import PROVENANCE, HiddenLayers, write_export
+import profiler.files
+from placement.backends import BACKENDS
+from placement.exporters import eplb, sglang, tensorrt_llm, vllm, vllm_ascend
+from placement.exporters.checkpoint import permute_checkpoint
+from placement.exporters.contract import PROVENANCE, ServedModel, write_export
 from placement.foreign import read_any_map
 from placement.placement_map import PlacementMap
 from placement.topology import Topology
@@ -51,7 +57,7 @@ def full_maps(draw: st.DrawFn) -> PlacementMap:
 @pytest.mark.parametrize("name", ENGINES)
 @given(placement=full_maps(), dense_behind=st.integers(0, 3), num_mtp=st.integers(0, 1))
 def test_every_export_is_read_back_as_the_same_map(tmp_path_factory, name, placement, dense_behind, num_mtp):
-    layers = HiddenLayers(placement.model.layer_ids[-1] + 1 + dense_behind, num_mtp)
+    layers = ServedModel(placement.model.layer_ids[-1] + 1 + dense_behind, num_mtp)
     path = tmp_path_factory.mktemp("export") / name
     exported = write_export(ENGINES[name], placement, path, layers)
     topology = placement.topology
@@ -65,6 +71,47 @@ def test_every_export_is_read_back_as_the_same_map(tmp_path_factory, name, place
     assert sidecar["checked_against"] == ENGINES[name].checked_against
     assert path.read_bytes() == exported.content
     assert write_export(ENGINES[name], placement, path, layers).content == exported.content  # same bytes again
+
+
+def made_checkpoint(placement: PlacementMap, folder: Path) -> Path:
+    """Weights that say whose they are: expert e and its router row hold e."""
+    spec, tensors = placement.model, {}
+    for layer in spec.layer_ids:
+        gate = np.arange(spec.num_experts, dtype=np.float32)
+        tensors[f"model.layers.{layer}.mlp.gate.weight"] = np.repeat(gate[:, None], 3, axis=1)
+        for expert in range(spec.num_experts):
+            tensors[f"model.layers.{layer}.mlp.experts.{expert}.up_proj.weight"] = np.full((2, 3), expert, np.float32)
+    folder.mkdir()
+    save_file(tensors, folder / "model.safetensors")
+    config = {"model_type": spec.model_type, "num_hidden_layers": spec.layer_ids[-1] + 1}
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+@given(placement=full_maps())
+def test_a_permuted_checkpoint_is_read_back_as_the_same_map(tmp_path_factory, placement):
+    folder = tmp_path_factory.mktemp("export")
+    original, planned = made_checkpoint(placement, folder / "original"), folder / "planned"
+    spec, topology = placement.model, placement.topology
+    if topology.num_slots > spec.num_experts:
+        with pytest.raises(CoterieError, match="plan without redundant experts"):
+            permute_checkpoint(original, planned, placement)
+        assert [path.name for path in folder.iterdir()] == ["original"]
+        return
+    permute_checkpoint(original, planned, placement)
+    again = read_any_map(planned, spec, topology.num_ranks, topology.num_nodes)
+    assert (again.physical_to_logical_map == placement.physical_to_logical_map).all()
+    assert (again.model, again.topology) == (spec, topology)
+    tensors = load_file(planned / "model.safetensors")
+    for layer, row in zip(
+        spec.layer_ids, placement.physical_to_logical_map, strict=True
+    ):  # linear placement is the plan
+        assert (tensors[f"model.layers.{layer}.mlp.gate.weight"] == row[:, None]).all()
+        for slot, expert in enumerate(row):
+            assert (tensors[f"model.layers.{layer}.mlp.experts.{slot}.up_proj.weight"] == expert).all()
+    permute_checkpoint(planned, folder / "back", placement, invert=True)
+    back = load_file(folder / "back" / "model.safetensors")
+    assert all((back[name] == tensor).all() for name, tensor in load_file(original / "model.safetensors").items())
 
 
 @given(placement=full_maps())
@@ -87,19 +134,24 @@ def some_map(**changes: object) -> PlacementMap:
 
 
 def test_sglang_has_a_row_for_every_hidden_layer():
-    exported = sglang.export(some_map(), Path("/x/map.json"), HiddenLayers(5))
+    exported = sglang.export(some_map(), Path("/x/map.json"), ServedModel(5))
     value = json.loads(exported.content)
     assert list(value) == ["physical_to_logical_map"]  # any other key is a TypeError in SGLang
     rows = value["physical_to_logical_map"]
     dense = [0, 1, 2, 3, 4, 5, 6, 7, 0, 1, 2, 3]
     assert [rows[layer] == dense for layer in range(5)] == [True, False, True, False, True]
     assert rows[1] == rows[3] == some_map().physical_to_logical_map[0].tolist()
+    moved = sglang.export(
+        replace(some_map(), model=replace(some_map().model, name="unknown")), Path("/x"), ServedModel(5)
+    )
+    assert "--model-path MODEL " in moved.start
+    assert "--model-path './my model' " in sglang.export(some_map(), Path("/x"), ServedModel(5, 0, "./my model")).start
     for words in ("--ep-size 4", "--nnodes 2", "--ep-num-redundant-experts 4", "--init-expert-location /x/map.json"):
         assert words in exported.start
 
 
 def test_tensorrt_llm_has_rows_for_mtp_layers():
-    value = yaml.safe_load(tensorrt_llm.export(some_map(), Path("/x/map.yaml"), HiddenLayers(5, 2)).content)
+    value = yaml.safe_load(tensorrt_llm.export(some_map(), Path("/x/map.yaml"), ServedModel(5, 2)).content)
     assert set(value) == {"num_slots", "initial_global_assignments", "layer_updates_per_iter"}
     assert (value["num_slots"], value["layer_updates_per_iter"]) == (12, 0)
     assert list(value["initial_global_assignments"]) == [1, 3, 5, 6]
@@ -108,7 +160,7 @@ def test_tensorrt_llm_has_rows_for_mtp_layers():
 
 
 def test_vllm_ascend_counts_moe_layers_from_0():
-    value = json.loads(vllm_ascend.export(some_map(), Path("/x/map.json"), HiddenLayers()).content)
+    value = json.loads(vllm_ascend.export(some_map(), Path("/x/map.json"), ServedModel()).content)
     assert value["moe_layer_count"] == 2
     assert [layer["layer_id"] for layer in value["layer_list"]] == [0, 1]
     assert value["layer_list"][0]["device_count"] == 4
@@ -116,7 +168,7 @@ def test_vllm_ascend_counts_moe_layers_from_0():
 
 
 def test_eplb_file_holds_three_tensors(tmp_path):
-    write_export(eplb.ENGINE, some_map(), tmp_path / "map.safetensors", HiddenLayers())
+    write_export(eplb.ENGINE, some_map(), tmp_path / "map.safetensors", ServedModel())
     tensors = load_file(tmp_path / "map.safetensors")
     assert {name: (tensor.shape, tensor.dtype) for name, tensor in tensors.items()} == {
         "phy2log": ((2, 12), np.int64),
@@ -127,8 +179,25 @@ def test_eplb_file_holds_three_tensors(tmp_path):
 
 def test_the_plan_knows_its_hidden_layers():
     placement = some_map(num_hidden_layers=6)
-    layers = HiddenLayers(placement.model.num_hidden_layers)
+    layers = ServedModel(placement.model.num_hidden_layers)
     assert len(json.loads(sglang.export(placement, Path("/x"), layers).content)["physical_to_logical_map"]) == 6
+
+
+def test_the_page_has_every_engine_and_how_it_sends():
+    """Rows such as | `a-b`, `-c` | chosen by | per rank, per expert | ...: a short name ends like the one before."""
+    rows = {}
+    for line in (Path(__file__).parents[1] / "docs" / "engines.md").read_text().splitlines():
+        cells = [cell.strip() for cell in line.split("|")]
+        if len(cells) != 6 or not any(mode in cells[3] for mode in ("per rank", "per expert", "to all")):
+            continue
+        names, first = re.findall(r"`([^`]+)`", cells[1]), ""
+        for number, name in enumerate(names):
+            first = first or name
+            stem = next((known for known in BACKENDS if name[0] == "-" and known.endswith(name)
+                         and first.startswith(known.removesuffix(name))), name)  # fmt: skip
+            modes = cells[3].partition(";")[0].split(", ")
+            rows[stem] = modes[number if len(modes) == len(names) else 0].replace(" ", "-")
+    assert rows == {name: backend.sends for name, backend in BACKENDS.items()}
 
 
 def empty_slots() -> PlacementMap:
@@ -140,17 +209,17 @@ def empty_slots() -> PlacementMap:
 @pytest.mark.parametrize("name", ENGINES)
 def test_empty_slots_are_refused(tmp_path, name):
     with pytest.raises(CoterieError, match="1 empty slots of 9.*--redundant-experts 1"):
-        write_export(ENGINES[name], empty_slots(), tmp_path / name, HiddenLayers(1))
+        write_export(ENGINES[name], empty_slots(), tmp_path / name, ServedModel(1))
     assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize(
     ("name", "layers", "message"),
     [
-        ("map.json", HiddenLayers(), "give --num-hidden-layers"),
-        ("map.json", HiddenLayers(3), "last MoE layer is 3; give at least 4"),
-        ("map.yaml", HiddenLayers(0, 1), "needs the number of all hidden layers"),
-        ("ascend.json", HiddenLayers(5, 2), "at most 1"),
+        ("map.json", ServedModel(), "give --num-hidden-layers"),
+        ("map.json", ServedModel(3), "last MoE layer is 3; give at least 4"),
+        ("map.yaml", ServedModel(0, 1), "needs the number of all hidden layers"),
+        ("ascend.json", ServedModel(5, 2), "at most 1"),
     ],
 )
 def test_what_an_engine_cannot_take_is_refused(tmp_path, name, layers, message):
@@ -162,33 +231,46 @@ def test_what_an_engine_cannot_take_is_refused(tmp_path, name, layers, message):
 def test_other_refusals(tmp_path):
     one_rank = PlacementMap.linear(make_spec(1, 8, 2), Topology(1, 1, 8))
     with pytest.raises(CoterieError, match="on 1 rank"):
-        write_export(vllm_ascend.ENGINE, one_rank, tmp_path / "a.json", HiddenLayers())
+        write_export(vllm_ascend.ENGINE, one_rank, tmp_path / "a.json", ServedModel())
     with pytest.raises(CoterieError, match="takes .json"):
-        write_export(vllm_ascend.ENGINE, some_map(), tmp_path / "a.yaml", HiddenLayers())
+        write_export(vllm_ascend.ENGINE, some_map(), tmp_path / "a.yaml", ServedModel())
     with pytest.raises(CoterieError, match="-1 hidden"):
-        HiddenLayers(-1)
+        ServedModel(-1)
     with pytest.raises(CoterieError, match="holds one expert twice"):  # no engine has a use for it
         replace(some_map(), physical_to_logical_map=np.array([[0, 0, 1, 2, 3, 4, 5, 6, 7, 0, 1, 2]] * 2))
 
 
-def test_a_full_disk_leaves_neither_file(tmp_path, monkeypatch):
-    def full(path, value):
-        raise CoterieError("no space")
+def test_a_full_disk_leaves_neither_file_and_an_older_export_as_it_was(tmp_path, monkeypatch):
+    path = tmp_path / "map.json"
+    write_export(sglang.ENGINE, some_map(), path, ServedModel(5))
+    before = {file.name: file.read_bytes() for file in tmp_path.iterdir()}
+    calls = iter(range(100))
 
-    monkeypatch.setattr(contract, "write_json", full)
-    with pytest.raises(CoterieError, match="no space"):
-        write_export(sglang.ENGINE, some_map(), tmp_path / "map.json", HiddenLayers(5))
-    assert not list(tmp_path.iterdir())
+    def full(_descriptor):
+        if next(calls) % 2 == 1:  # at the second file
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(profiler.files.os, "fsync", full)
+    for out in (path, tmp_path / "new" / "map.json"):
+        with pytest.raises(CoterieError, match="No space left.*free some space"):
+            write_export(sglang.ENGINE, some_map(), out, ServedModel(6))
+    assert {file.name: file.read_bytes() for file in tmp_path.iterdir() if file.is_file()} == before
+    assert not list((tmp_path / "new").iterdir())
 
 
 BROKEN = {
     "cut.yaml": ("num_slots: 12\ninitial_global_assignments: {1: [0, 1", "not YAML"),
     "list.yaml": ("[1, 2]", "not a load balancer configuration"),
     "pickled.yaml": ("!!python/object/apply:os.system ['false']", "not YAML"),
+    "deep.yaml": ("[" * 100_000, "not YAML"),
     "more.yaml": ("num_slots: 12\ninitial_global_assignments: {}\nmore: 1", "not a load balancer configuration"),
-    "layer.yaml": ("num_slots: 12\ninitial_global_assignments: {1: [0]}", "no layer 3"),
+    "layer.yaml": ("num_slots: 1\ninitial_global_assignments: {1: [0]}", "no layer 3"),
     "text.yaml": ("num_slots: 2\ninitial_global_assignments: {1: [a, b], 3: [a, b]}", "whole numbers"),
     "short.yaml": ("num_slots: 3\ninitial_global_assignments: {1: [0, 1], 3: [0, 1]}", "num_slots is 3"),
+    "bomb.yaml": ("num_slots: 2\ninitial_global_assignments: {1: &a [1, 1], 3: [*a, *a]}", "3 must be a row of whole"),
+    "negative.yaml": ("num_slots: 2\ninitial_global_assignments: {1: [0, -1]}", "each from 0"),
+    "nested.json": ('{"physical_to_logical_map": [[[0, 1]], [[1, 0]]]}', "whole numbers"),
+    "huge.json": ('{"physical_to_logical_map": [[0], [1], [0], [1%s]]}' % ("0" * 30), "no expert"),
     "none.json": ('{"layer_list": [], "moe_layer_count": 0}', "not an expert map"),
     "count.json": ('{"layer_list": [{"layer_id": 0}], "moe_layer_count": 2}', "must be moe_layer_count"),
     "devices.json": (
@@ -207,13 +289,26 @@ def test_broken_maps_are_one_line(tmp_path, name):
         read_any_map(tmp_path / name, some_map().model, 4)
 
 
+@pytest.mark.parametrize("shape", [(4, 10**12), (10**12, 4)])
+def test_a_tensor_that_claims_any_size_is_refused_at_once(tmp_path, shape):
+    import torch
+
+    torch.save({"phy2log": torch.zeros(1, dtype=torch.int64).expand(shape)}, tmp_path / "map.pt")
+    with pytest.raises(CoterieError, match="slots, 4 ranks with 8|must have a row for each"):
+        read_any_map(tmp_path / "map.pt", make_spec(4, 8, 2), 4)
+
+
 def test_sglang_tensors_are_read_too(tmp_path):
     import torch
 
-    rows = json.loads(sglang.export(some_map(), Path("/x"), HiddenLayers(5)).content)["physical_to_logical_map"]
+    rows = json.loads(sglang.export(some_map(), Path("/x"), ServedModel(5)).content)["physical_to_logical_map"]
     torch.save({"physical_to_logical_map": torch.tensor(rows)}, tmp_path / "map.pt")
     again = read_any_map(tmp_path / "map.pt", some_map().model, 4, 2)
     assert (again.physical_to_logical_map == some_map().physical_to_logical_map).all()
+    for odd in (torch.tensor(3), torch.zeros(5, 12), torch.zeros(2, 2, 2, dtype=torch.int64)):
+        torch.save({"physical_to_logical_map": odd}, tmp_path / "odd.pt")
+        with pytest.raises(CoterieError, match=r"must be whole numbers \(layers, slots\)"):
+            read_any_map(tmp_path / "odd.pt", some_map().model, 4)
     torch.save({"physical_to_logical_map": torch.tensor(rows), "more": 1}, tmp_path / "more.pt")
     with pytest.raises(CoterieError, match="neither"):
         read_any_map(tmp_path / "more.pt", some_map().model, 4)
@@ -256,10 +351,10 @@ def check_vllm_ascend(text: bytes, ep_size: int, num_layers: int, num_experts: i
 def test_files_keep_to_strict_schemas(placement, num_mtp):
     spec, ranks = placement.model, placement.topology.num_ranks
     total = spec.layer_ids[-1] + 2
-    text = tensorrt_llm.export(placement, Path("/x.yaml"), HiddenLayers(total, num_mtp)).content
+    text = tensorrt_llm.export(placement, Path("/x.yaml"), ServedModel(total, num_mtp)).content
     layers = [*spec.layer_ids, *range(total, total + num_mtp)]
     check_tensorrt_llm(text, ranks, layers, spec.num_experts)
-    text = vllm_ascend.export(placement, Path("/x.json"), HiddenLayers(total)).content
+    text = vllm_ascend.export(placement, Path("/x.json"), ServedModel(total)).content
     check_vllm_ascend(text, ranks, spec.num_layers, spec.num_experts)
 
 
@@ -290,9 +385,11 @@ def test_pickles_are_never_executed_and_cut_files_refused(tmp_path, name):
         elif name == "cut.npy":
             np.save(path, slots)
         else:
-            write_export(eplb.ENGINE, some_map(), path, HiddenLayers())
+            write_export(eplb.ENGINE, some_map(), path, ServedModel())
         path.write_bytes(path.read_bytes()[:-20])
-    message = "whole numbers" if name == "nan.npy" else "cannot be read as a tensor"
+    message = {"nan.npy": "whole numbers", "trap.pt": "holds code, not only tensors"}.get(
+        name, "refused|cannot be read"
+    )
     with pytest.raises(CoterieError, match=message):
         read_any_map(path, some_map().model, 4)
     assert not (tmp_path / "executed").exists()

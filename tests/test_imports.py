@@ -17,6 +17,7 @@ FORBIDDEN = {
         "placement.cli",
         "placement.compare",
     ),
+    "placement/constraints": ("placement.solvers", "placement.runtime", "placement.report", "placement.compare"),
     "placement/report": ("placement.solvers", "placement.cli", "placement.compare"),
 }
 NO_TORCH = (

@@ -31,6 +31,8 @@ with joined() as device:
             os.kill(os.getpid(), signal.SIGSTOP)
         if what == "raises":
             raise ValueError("the cable is out")
+    if what == "waits":
+        time.sleep(60)
     if what == "is slow" and rank == 1:
         time.sleep(2)
     dist.all_reduce(torch.zeros(1))

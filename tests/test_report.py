@@ -16,7 +16,7 @@ from placement.insight import gather, study_data
 from placement.placement_map import PlacementMap
 from placement.report import write_report
 from placement.report.payload import packed_triangles, payload
-from placement.runtime.bench import BenchResult, BenchRow, Spread
+from placement.runtime.results import BenchResult, BenchRow, BenchRun, Spread
 from placement.solvers import Options, plan
 from placement.topology import Links, Topology
 from placement.verdict import answers
@@ -27,9 +27,24 @@ TOPOLOGY = Topology.for_experts(16, 4)
 
 
 def bench_result(num_ranks=4):
-    spread = Spread(1.0, 0.5, 2.0)
-    row = BenchRow("coterie", "planned", 10**6, 2.5, spread, spread, spread, spread, 1e-6, 1.5)
-    return BenchResult("made-up", num_ranks, 512, 3, "gloo", (row,))
+    times = dict.fromkeys(("dispatch", "expert", "combine", "exchange", "index", "total"), Spread(1.0, 0.5, 2.0))
+    gains = dict.fromkeys(("speed_up", "exchange_speed_up", "exchange_against_linear"), Spread(1.5, 1.4, 1.6))
+    sizes = {"bytes_sent": 10**6, "wire_bytes": 9e5, "interface_bytes": None, "least_bytes": 8e5}
+    row = BenchRow(
+        implementation="coterie",
+        map="planned",
+        fan_out=2.5,
+        rows_per_token=2.5,
+        remote_rows_per_token=1.9,
+        predicted_exchange=None,
+        predicted_layer=None,
+        max_difference=1e-6,
+        **sizes,
+        **times,
+        **gains,
+    )
+    run = BenchRun(num_ranks, 1, 512, Links.preset("h100"), (row,), {})
+    return BenchResult("made-up", "prefill", False, "gloo", None, 3, (run,))
 
 
 def insight_of(profile, placement, held_out=None, bench=None, study=False):
@@ -114,7 +129,10 @@ def test_plans_and_benches_of_something_else_are_refused(profile, planned):
         gather(profile, planned, bench=bench_result(2))
 
 
-def test_the_verdict_is_about_unseen_traffic(profile, planned):
+def test_the_verdict_is_about_unseen_traffic():
+    trace = make_trace(random_ids(0, 2, 2400, 16, 4), num_sequences=24)  # enough for intervals that leave no doubt
+    profile = Profile.from_tokens(make_spec(2, 16, 4), ["prose", "code"], trace, {})
+    planned = plan_and_compare(profile, TOPOLOGY)
     good = insight_of(profile, planned)
     assert not good.seen
     assert answers(good)["worth"].tone == "good"
@@ -143,7 +161,15 @@ def test_bench_results_round_trip_and_refuse_edits(tmp_path):
     bench_result().save(tmp_path / "bench.json")
     assert BenchResult.load_from(tmp_path / "bench.json") == bench_result()
     no_number = (tmp_path / "bench.json").read_text().replace("1000000", "null")
-    for content in (no_number, "{}", '{"schema_version": 1, "rows": [{}]}', '{"schema_version": 1, "rows": []}', "[]"):
+    older = '{"schema_version": 1, "rows": [{}]}'
+    for content in (
+        no_number,
+        "{}",
+        older,
+        '{"schema_version": 2, "runs": [{}]}',
+        '{"schema_version": 2, "runs": []}',
+        "[]",
+    ):
         (tmp_path / "bench.json").write_text(content)
         with pytest.raises(CoterieError):
             BenchResult.load_from(tmp_path / "bench.json")

@@ -14,7 +14,9 @@ from typing import Annotated, Any
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.status import Status
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -22,8 +24,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Where should each expert of a Mixture-of-Experts model live?",
 )
-notes = Console(stderr=True)
-tables = Console()
+notes = Console(stderr=True, markup=False)  # names out of files may look like markup
+tables = Console(markup=False)
 
 Model = Annotated[str | None, typer.Argument(help="Model folder or hub id; the embedded model if left out.")]
 Data = Annotated[
@@ -61,6 +63,11 @@ DispatchMode = Annotated[
     Dispatch,
     typer.Option(help="A token is sent once to each rank that serves it, or once for each expert."),
 ]
+
+
+def waiting(text: str) -> Status:
+    """A context manager that shows on stderr what is being done."""
+    return notes.status(escape(text))  # it would take markup whatever the console takes
 
 
 @contextmanager

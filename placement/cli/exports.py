@@ -10,11 +10,11 @@ import typer
 from rich.table import Table
 from typer.core import TyperGroup
 
-from placement.cli.app import Data, Json, app, notes, print_json, progress_bar, tables
+from placement.cli.app import Data, Json, app, notes, print_json, progress_bar, tables, waiting
 from profiler.errors import CoterieError
 
 if TYPE_CHECKING:
-    from placement.exporters.contract import Engine, HiddenLayers
+    from placement.exporters.contract import Engine, ServedModel
     from placement.placement_map import PlacementMap
 
 
@@ -46,7 +46,8 @@ def export(
     to: Annotated[Target, typer.Option(help="What is to load it.")],
     out: Annotated[Path, typer.Option("-o", "--out", help="File to write; a new folder for a checkpoint.")],
     model: Annotated[
-        Path | None, typer.Option(help="Folder of the model; for a checkpoint, or for the number of its layers.")
+        Path | None,
+        typer.Option(help="Folder of the model: to permute, to count its layers, to name it in the engine's command."),
     ] = None,
     num_hidden_layers: Annotated[
         int | None, typer.Option(help="All decoder layers, where neither the plan nor --model says.")
@@ -83,8 +84,8 @@ def export(
         if out.exists() and out.samefile(plan):
             raise CoterieError(f"{out}: is the plan itself; give another name to -o")
         engine = _engine(to)
-        layers = _hidden_layers(placement, model, num_hidden_layers, num_mtp_layers)
-        exported = write_export(engine, placement, out, layers)
+        served = _served_model(placement, model, num_hidden_layers, num_mtp_layers)
+        exported = write_export(engine, placement, out, served)
         written = {"engine": engine.name, "out": str(out), "checked_against": engine.checked_against}
         written |= {"start": exported.start, "remarks": list(exported.remarks)}
     if as_json:
@@ -92,8 +93,8 @@ def export(
     else:
         print(written["start"])  # not through rich, which would wrap a line that is to be copied
         for remark in written["remarks"]:
-            notes.print(remark, markup=False, highlight=False, soft_wrap=True)
-    notes.print(f"wrote {out} for {written['engine']}", markup=False, highlight=False, soft_wrap=True)
+            notes.print(remark, highlight=False, soft_wrap=True)
+    notes.print(f"wrote {out} for {written['engine']}", highlight=False, soft_wrap=True)
 
 
 def _engine(to: Target) -> Engine:
@@ -108,18 +109,18 @@ def _engine(to: Target) -> Engine:
     }[to]
 
 
-def _hidden_layers(
+def _served_model(
     placement: PlacementMap, model: Path | None, num_hidden_layers: int | None, num_mtp_layers: int | None
-) -> HiddenLayers:
+) -> ServedModel:
     """From the options, else the plan, which counted the layers themselves, else the model's config."""
     from placement.exporters.checkpoint import read_text_config, whole_number
-    from placement.exporters.contract import HiddenLayers
+    from placement.exporters.contract import ServedModel
 
     config = read_text_config(model) if model else {}
     known = placement.model.num_hidden_layers or whole_number(config, "num_hidden_layers", "num_layers")
     total = known if num_hidden_layers is None else num_hidden_layers
     drafts = whole_number(config, "num_nextn_predict_layers", "mtp_num_hidden_layers")
-    return HiddenLayers(total, drafts if num_mtp_layers is None else num_mtp_layers)
+    return ServedModel(total, drafts if num_mtp_layers is None else num_mtp_layers, str(model or ""))
 
 
 def _write_checkpoint(placement: PlacementMap, model: Path, out: Path, invert: bool) -> None:
@@ -159,8 +160,8 @@ def verify(
     placement = read_permuted_map(permuted)
 
     def load(folder: Path) -> Any:
-        with notes.status(f"loading {folder}"):
-            return load_model(str(folder), device, dtype=dtype)
+        with waiting(f"loading {folder}"):
+            return load_model(str(folder), device, dtype=dtype, with_tokenizer=bool(data))
 
     first = load(original)
     if data:
@@ -190,4 +191,4 @@ def verify(
         raise CoterieError(
             f"{permuted}: logits differ by {comparison.max_difference:.1e}, at most {bound:.1e} may be; do not serve it"
         )
-    notes.print(f"{permuted} computes what {original} does", markup=False, highlight=False, soft_wrap=True)
+    notes.print(f"{permuted} computes what {original} does", highlight=False, soft_wrap=True)

@@ -11,7 +11,7 @@ from typing import Annotated, Any
 
 import typer
 
-from placement.cli.app import Json, app, notes
+from placement.cli.app import Json, app, notes, waiting
 from placement.cli.profiles import show_profile
 from profiler.importers.known import Known, parse_layers
 
@@ -23,6 +23,20 @@ Folder = Annotated[Path, typer.Argument(help="Folder that the engine has written
 Out = Annotated[Path, typer.Option("-o", "--out", help="Profile folder to write.")]
 Decode = Annotated[bool, typer.Option("--decode", help="The tokens were decoded, not prefilled.")]
 Domain = Annotated[str | None, typer.Option(help="Label of the tokens; the engine's name if left out.")]
+
+LEFT_OUT = {
+    "dummy_tokens_dropped": "left out {} warm-up or padding tokens",
+    "records_of_the_same_tokens": "left out {} records of tokens that another rank has recorded",
+    "incomplete_steps_left_out": "left out {} steps that do not have all layers alike; record with one pipeline stage",
+    "mtp_records_left_out": "left out {} records of layers for multi-token prediction",
+    "layers_left_out": "left out layers {}, which are none of the model's MoE layers",
+    "rows_not_captured": "left out {} rows of responses that the engine has not filled",
+    "rows_of_a_shared_prompt": "counted once {} rows of a prompt that several completions share",
+    "ranks_that_counted_each_token": "each token was counted by {} ranks; the counts are divided by that",
+    "raw_files": "the files with the picks of each token are {}",
+    "approximate": "{}",
+}
+"""What importers put into the provenance, and how it is said."""
 
 
 def _model_options(
@@ -91,7 +105,7 @@ def import_sglang(files: Files, out: Out, known: Known, domain: Domain = None, a
     from profiler.importers.recording import write_recording
     from profiler.importers.sglang import read_sglang
 
-    with notes.status("reading SGLang's recording"):
+    with waiting("reading SGLang's recording"):
         write_recording(read_sglang(files, known, domain=domain or "sglang"), out)
     _show(out, as_json, "recorded by SGLang")
 
@@ -106,7 +120,7 @@ def import_vllm(files: Files, out: Out, known: Known, domain: Domain = None, as_
     from profiler.importers.recording import write_recording
     from profiler.importers.vllm import read_vllm
 
-    with notes.status("reading vLLM's responses"):
+    with waiting("reading vLLM's responses"):
         write_recording(read_vllm(files, known, domain=domain or "vllm"), out)
     _show(out, as_json, "recorded by vLLM")
 
@@ -131,7 +145,7 @@ def import_tensorrt_llm(
     from profiler.importers.recording import write_recording
     from profiler.importers.tensorrt_llm import read_tensorrt_llm
 
-    with notes.status(f"reading {folder}"):
+    with waiting(f"reading {folder}"):
         recording = read_tensorrt_llm(
             folder, known, domain=domain or "tensorrt-llm", load_balancer=load_balancer, decode=decode
         )
@@ -151,7 +165,7 @@ def import_megatron(
     from profiler.importers.megatron import read_megatron
     from profiler.importers.recording import write_recording
 
-    with notes.status(f"reading {folder}"):
+    with waiting(f"reading {folder}"):
         write_recording(read_megatron(folder, known, domain=domain or "megatron", decode=decode), out)
     _show(out, as_json, "recorded by Megatron-LM")
 
@@ -172,7 +186,7 @@ def import_numpy(
     from profiler.importers.arrays import read_arrays
     from profiler.importers.recording import of_profile, write_recording
 
-    with notes.status(f"reading {file}"):
+    with waiting(f"reading {file}"):
         write_recording(of_profile(read_arrays(file, known, decode=decode)), out)
     _show(out, as_json, f"read from {file}")
 
@@ -185,13 +199,11 @@ def _show(out: Path, as_json: bool, how: str) -> None:
     said = stored.provenance
     if said.get("num_experts_from"):
         notes.print(f"{stored.model.num_experts} experts, the highest id and 1: give --num-experts or --model if more")
-    if said.get("dummy_tokens_dropped"):
-        notes.print(f"left out {said['dummy_tokens_dropped']:,} warm-up or padding tokens")
-    if said.get("ranks_that_counted_each_token"):
-        times = said["ranks_that_counted_each_token"]
-        notes.print(f"each token was counted by {times} ranks; the counts are divided by that")
-    if said.get("records_of_the_same_tokens"):
-        notes.print(f"left out {said['records_of_the_same_tokens']:,} records of tokens that another rank has recorded")
+    for name, sentence in LEFT_OUT.items():
+        value = said.get(name)
+        if value:
+            shown = f"{value:,}" if isinstance(value, int) else value
+            notes.print(sentence.format(shown), highlight=False)
     if said.get("cannot_tell"):
         notes.print(
             f"counts only: they give load and imbalance, not {', '.join(said['cannot_tell'])}; for those "

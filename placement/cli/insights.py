@@ -14,7 +14,7 @@ from profiler.files import require_writable
 if TYPE_CHECKING:
     from placement.insight import Insight, Study
     from placement.placement_map import PlacementMap
-    from placement.runtime.bench import BenchResult
+    from placement.runtime.results import BenchResult
     from placement.sufficiency import Planner
     from profiler.profile import Profile
 
@@ -83,7 +83,7 @@ def report(
     """
     from placement.placement_map import PlacementMap
     from placement.report import write_report
-    from placement.runtime.bench import BenchResult
+    from placement.runtime.results import BenchResult
     from profiler.profile import Profile
 
     require_writable(out)

@@ -63,7 +63,7 @@ def plan(
     ] = None,
     load_cap: Annotated[
         float | None,
-        typer.Option(help="Largest load of a rank that is wanted, over the mean; 1.1 or as near as can be."),
+        typer.Option(help="Largest load of a rank over the mean; 1 + 0.48 / slots, 1.065 to 1.15, if left out."),
     ] = None,
     domain_weight: Annotated[
         list[str] | None, typer.Option(help="Such as code=2: plan for a mixture of domains; others count 0.")
@@ -121,7 +121,7 @@ def plan(
     compared = list(STRATEGIES if compare else ALWAYS_COMPARED)
     if compare and not _has_hypergraph():
         compared.remove("hypergraph")
-        notes.print("hypergraph is left out, it needs: pip install 'coterie\\[hypergraph]'")
+        notes.print("hypergraph is left out, it needs: pip install 'coterie[hypergraph]'")
     total = recorded.model.num_layers * len({*compared, strategy})
     with progress_bar("layers") as advance_to:
         done = iter(range(1, total + 1))
@@ -161,7 +161,7 @@ def plan(
         if placement.certificate is not None:
             tables.print(certificate_table(placement.certificate))
     for sentence in sentences:
-        notes.print(f"[bold]{sentence}[/]")
+        notes.print(sentence, style="bold")
     notes.print(f"wrote {out}: the plan of “{strategy}” for {ranks} ranks")
 
 
@@ -253,8 +253,8 @@ def evaluate(
         return
     if backend:
         sent = ", ".join(f"{name} {mean:.2f}" for name, mean in rows.items())
-        notes.print(f"{engine} ({backend.option}) {backend.decides}", markup=False, highlight=False, soft_wrap=True)
-        notes.print(f"rows sent for a token: {sent}", markup=False, highlight=False, soft_wrap=True)
+        notes.print(f"{engine} ({backend.option}) {backend.decides}", highlight=False, soft_wrap=True)
+        notes.print(f"rows sent for a token: {sent}", highlight=False, soft_wrap=True)
     tables.print(metrics_table(f"{model.name} on {topology.num_ranks} ranks, {tokens.num_tokens:,} tokens", figures))
     if by_layer:
         names = [name for name in METRICS if hasattr(by_layer, name)]

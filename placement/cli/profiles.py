@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 import time
 from enum import StrEnum
@@ -12,8 +13,10 @@ import typer
 from rich.table import Column, Table
 from typer.core import TyperGroup
 
-from placement.cli.app import Data, Json, Model, app, notes, print_json, progress_bar, tables
+from placement.cli.app import Data, Json, Model, app, notes, print_json, progress_bar, tables, waiting
 from placement.cli.tables import profile_table
+from profiler.errors import CoterieError
+from profiler.files import require_writable
 
 if TYPE_CHECKING:
     from profiler.folder import StoredProfile
@@ -47,6 +50,9 @@ def profile(
         int | None, typer.Option(help="Keep the expert sets of a sample of so many tokens; all are counted.")
     ] = None,
     weights: Annotated[bool, typer.Option("--weights", help="Keep the routers' weights too.")] = False,
+    similarity: Annotated[
+        Path | None, typer.Option(help="Write there how similar experts' router logits are, for `coterie constrain`.")
+    ] = None,
     seed: Annotated[
         int | None, typer.Option(help="Take the texts in random order; of the sample and of decoding too.")
     ] = None,
@@ -64,6 +70,7 @@ def profile(
 
     Example: coterie profile ./OLMoE-1B-7B --data texts/ -o run.profile
     """
+    from placement.constraints.similarity import RouterSimilarity
     from profiler import zoo
     from profiler.calibration import read_documents
     from profiler.folder import require_replaceable
@@ -72,14 +79,19 @@ def profile(
     from profiler.writer import unfinished_folder
 
     require_replaceable(out)
+    if similarity and resume:
+        raise CoterieError("--similarity sums over a whole run: leave --resume out, or --similarity")
+    if similarity:
+        require_writable(similarity)
     documents = read_documents(
         data or [zoo.CALIBRATION], text_field=text_field, domain_field=domain_field, split=split, seed=seed
     )
-    with notes.status(f"loading {model or zoo.NAME}"):
+    with waiting(f"loading {model or zoo.NAME}"):
         loaded = load_model(model, device, device_map=device_map, dtype=dtype)
     started = time.perf_counter()
     try:
-        with progress_bar("tokens") as advance_to:
+        alike = RouterSimilarity(loaded.model, loaded.name) if similarity else contextlib.nullcontext()
+        with progress_bar("tokens") as advance_to, alike:
             recorded = profile_model(
                 loaded,
                 documents,
@@ -99,6 +111,9 @@ def profile(
         notes.print(f"stopped; {unfinished_folder(out)} holds what was recorded: go on with --resume")
         raise typer.Exit(130) from None
     seconds = time.perf_counter() - started
+    if similarity and isinstance(alike, RouterSimilarity):
+        alike.table().save(similarity)
+        notes.print(f"wrote {similarity}")
     show_profile(recorded, as_json, f"{recorded.num_tokens / seconds:,.0f} tokens/s")
 
 
@@ -180,7 +195,8 @@ def show_profile(stored: StoredProfile, as_json: bool, how: str) -> None:
     dummy = stored.provenance.get("dummy_tokens", 0)
     if dummy:
         notes.print(
-            f"[bold]{dummy:,} of {stored.num_tokens:,} tokens pick the same in every layer as at least 1% of all do[/]"
-            ": warm-up, dummy or padding rows? Record without them"
+            f"{dummy:,} of {stored.num_tokens:,} tokens pick the same in every layer as at least 1% of all do"
+            ": warm-up, dummy or padding rows? Record without them",
+            style="bold",
         )
     notes.print(f"wrote {stored.folder}: {stored.num_tokens:,} tokens, {how}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
@@ -12,58 +13,132 @@ from placement.cli.app import Data, Json, Ranks, app, notes, print_json, tables
 from placement.cli.insights import report
 from placement.cli.plans import plan
 from placement.cli.profiles import profile
-from placement.cli.tables import bench_table
+from placement.cli.tables import bench_table, traffic_table
 from profiler.errors import CoterieError
-from profiler.files import require_writable
+from profiler.files import require_writable, write_bytes
+
+
+class Kind(StrEnum):
+    """What one step is."""
+
+    PREFILL = "prefill"
+    DECODE = "decode"
+    TRAINING = "training"
+
+
+class Mode(StrEnum):
+    """How coterie exchanges."""
+
+    FLAT = "flat"
+    HIERARCHICAL = "hierarchical"
+    BF16 = "bf16"
+    HIERARCHICAL_BF16 = "hierarchical-bf16"
 
 
 @app.command()
 def bench(
-    plan_file: Annotated[Path, typer.Argument(metavar="PLAN", help="Placement map to run.")],
+    plan_files: Annotated[
+        list[Path],
+        typer.Argument(
+            metavar="PLAN...", help="Placement maps to run, beside file order; those for other ranks apart."
+        ),
+    ],
     model: Annotated[str | None, typer.Option(help="Model folder or hub id; the embedded model if left out.")] = None,
+    replay: Annotated[
+        Path | None, typer.Option(help="Profile whose routing to replay through random weights, instead of a model.")
+    ] = None,
+    workload: Annotated[
+        Kind, typer.Option(help="One forward pass, decoding token by token, or a training step.")
+    ] = Kind.PREFILL,
+    mode: Annotated[
+        list[Mode] | None, typer.Option(help="How coterie exchanges; may be given several times; flat if left out.")
+    ] = None,
+    network: Annotated[
+        str | None,
+        typer.Option(help="Rate of a cable, such as 400mbit: run on hosts that are namespaces of this machine."),
+    ] = None,
     ranks: Annotated[int | None, typer.Option(help="Must be the plan's; taken from it if left out.")] = None,
     data: Data = None,
-    sequences_per_rank: Annotated[int, typer.Option(help="Sequences in each rank's batch.")] = 2,
+    sequences_per_rank: Annotated[
+        list[int] | None,
+        typer.Option(help="Sequences in each rank's batch; may be given several times; 2 if left out."),
+    ] = None,
     sequence_length: Annotated[int, typer.Option(help="Tokens in a sequence.")] = 256,
+    steps: Annotated[int, typer.Option(help="Of decoding: the last tokens of each sequence, one by one.")] = 16,
     repeats: Annotated[int, typer.Option(help="Timed runs of each row, taken in turns.")] = 15,
+    hidden_size: Annotated[int | None, typer.Option(help="Of a replay, instead of the model's.")] = None,
+    expert_size: Annotated[int | None, typer.Option(help="Of a replay, instead of the model's.")] = None,
+    layers: Annotated[
+        int | None, typer.Option(help="MoE layers to replay, at equal distances; all if left out.")
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Of a replay's choice of sequences and random values.")] = 0,
     out: Annotated[Path | None, typer.Option("-o", "--out", help="JSON file to write.")] = None,
+    figure: Annotated[Path | None, typer.Option(help="PNG file to draw into.")] = None,
     as_json: Json = False,
 ) -> None:
-    """Run the model expert-parallel on this machine as the plan says, check its outputs, measure bytes and times.
+    """Run plans expert-parallel beside transformers' all_to_all, check outputs, measure bytes and times.
 
-    Example: coterie bench plan.json --ranks 4 -o bench.json
+    Each PLAN is called by its file's name. Under torchrun the ranks are those of torchrun.
+
+    Example: coterie bench plan.json --network 400mbit -o bench.json
     """
     from placement.placement_map import PlacementMap
+    from placement.report.bench_picture import draw_bench
+    from placement.runtime.bench import Settings
     from placement.runtime.bench import bench as run_bench
     from profiler import zoo
     from profiler.calibration import read_documents
 
-    if out:
-        require_writable(out)
-    placement = PlacementMap.load_from(plan_file)
-    num_ranks = placement.topology.num_ranks
-    if ranks is not None and ranks != num_ranks:
-        raise CoterieError(f"--ranks {ranks}: the plan is for {num_ranks}; give {num_ranks} or plan for {ranks}")
-    documents = read_documents(data or [zoo.HELD_OUT])
-    with notes.status(f"running {model or zoo.NAME} on {num_ranks} ranks"):
-        result = run_bench(
-            placement,
-            model,
-            documents,
-            sequences_per_rank=sequences_per_rank,
-            sequence_length=sequence_length,
-            repeats=repeats,
-        )
+    for path in (out, figure):
+        if path:
+            require_writable(path)
+    maps: dict[str, PlacementMap] = {}
+    for path in plan_files:
+        placement = PlacementMap.load_from(path)
+        num_ranks = placement.topology.num_ranks
+        if ranks is not None and ranks != num_ranks:
+            raise CoterieError(f"--ranks {ranks}: the plan is for {num_ranks}; give {num_ranks} or plan for {ranks}")
+        if path.stem in maps or path.stem == "linear":
+            raise CoterieError(f"{path}: a map called {path.stem!r} is benched already; give its file another name")
+        maps[path.stem] = placement
+    if replay and (model or data):
+        raise CoterieError("--replay runs no model on texts; leave --model and --data out")
+    if not replay and (hidden_size or expert_size or layers):
+        raise CoterieError("--hidden-size, --expert-size and --layers are of a replay; give --replay or leave them out")
+    settings = Settings(
+        kind=workload.value,
+        modes=tuple(one.value for one in mode or [Mode.FLAT]),
+        sequences_per_rank=tuple(sequences_per_rank or [2]),
+        sequence_length=sequence_length,
+        steps=steps,
+        repeats=repeats,
+        network=network,
+        hidden_size=hidden_size,
+        expert_size=expert_size,
+        num_layers=layers,
+        seed=seed,
+    )
+    documents = [] if replay else read_documents(data or [zoo.HELD_OUT])
+    what = f"routing of {replay}" if replay else model or zoo.NAME
+    with notes.status(f"{workload.value} of {what}, {len(maps)} maps and file order"):
+        result = run_bench(maps, model, documents, replay, settings)
+    if result is None:  # another rank of torchrun has it
+        return
     if out:
         result.save(out)
+    if figure:
+        write_bytes(figure, draw_bench(result))
     if as_json:
         print_json(dataclasses.asdict(result))
     else:
-        tables.print(bench_table(result))
-    if result.backend == "gloo":
+        for run in result.runs:
+            tables.print(bench_table(result, run))
+            tables.print(traffic_table(run))
+    if result.backend == "gloo" and not network:
         notes.print("ranks on one machine exchange through memory: MB sent is what a network would carry")
-    if out:
-        notes.print(f"wrote {out}")
+    for path in (out, figure):
+        if path:
+            notes.print(f"wrote {path}")
 
 
 @app.command()
@@ -89,7 +164,7 @@ def demo(
     notes.rule(f"2 of 4: where should they live, on {ranks} ranks?")
     plan(calibration, ranks, out=plan_file, held_out=held_out)
     notes.rule("3 of 4: what does that buy in a real run?")
-    bench(plan_file, out=bench_file)
+    bench([plan_file], out=bench_file)
     notes.rule("4 of 4: see it")
     report(calibration, plan_file, bench_file, held_out=held_out, out=page)
     notes.print(f"open {page} in a browser")

@@ -11,7 +11,7 @@ from rich.table import Table
 
 if TYPE_CHECKING:
     from placement.placement_map import PlacementMap
-    from placement.runtime.bench import BenchResult
+    from placement.runtime.results import BenchResult, BenchRun, Spread
     from profiler.folder import StoredProfile
     from profiler.profile import Profile
 
@@ -126,34 +126,73 @@ def certificate_table(certificate: Mapping[str, Any]) -> Table:
     return table
 
 
-def bench_table(result: BenchResult) -> Table:
-    """Bytes and times of every row; fits 80 columns."""
-    difference = max(row.max_difference for row in result.rows)
-    table = Table(
-        title=f"{result.model}, {result.num_ranks} ranks ({result.backend}), {result.tokens_per_rank} tokens a rank",
-        caption=f"ms of the slowest rank in one forward pass, median of {result.repeats} paired runs (least to most); "
-        f"copies: of a token in a layer; logits differ from one process by {difference:.1e} at most",
+def bench_table(result: BenchResult, run: BenchRun) -> Table:
+    """Times of every row; fits 80 columns."""
+    places = f"{run.num_ranks} ranks" + (f" on {run.num_nodes} hosts" if run.num_nodes > 1 else "")
+    wire = f"{result.network} cables" if result.network else result.backend
+    parts = "parts are those of the forward pass" if result.workload == "training" else "parts are those"
+    table = _plain_table(
+        f"{result.model}, {result.workload}: {places} ({wire}), {run.tokens_per_rank} tokens a rank",
+        f"ms of the slowest rank in one step, median of {result.repeats} paired runs (least-most); {parts} of all MoE "
+        f"layers, the total is of the whole step; speed-ups against the first row; differs from one process by "
+        f"{result.max_difference:.1e} at most",
+    )
+    table.add_column("implementation", min_width=14)
+    table.add_column("map")
+    for column in ("dis-\npatch", "expert", "com-\nbine", "exchange\nspeed-up", "total", "speed\nup"):
+        table.add_column(column, justify="right", no_wrap=True)
+    for row in run.rows:
+        table.add_row(
+            row.implementation,
+            row.map,
+            *(_ms(phase.median) for phase in (row.dispatch, row.expert, row.combine)),
+            f"{row.exchange_speed_up.median:.2f}",
+            _spread(row.total),
+            f"{row.speed_up.median:.2f}",
+        )
+    return table
+
+
+def traffic_table(run: BenchRun) -> Table:
+    """Bytes of every row beside time and prediction; fits 80 columns."""
+    found = "; ".join(f"{names.replace(', ', ' and ')} {value:.2f}" for names, value in run.correlations.items())
+    table = _plain_table(
+        "what that sent, MB in one step",
+        "counted: to other ranks, or to other hosts where there are several; interfaces: all of that as the system "
+        "counts; least: copies that go there x hidden size x width, both ways; "
+        "predicted: by the cost model on links measured before, ms"
+        + (f"; rank correlation over maps: {found}" if found else ""),
+    )
+    table.add_column("implementation", min_width=14)
+    table.add_column("map")
+    for column in ("fan_out", "copies", "counted", "inter-\nfaces", "least", "exchange\nms", "pre-\ndicted"):
+        table.add_column(column, justify="right", no_wrap=True)
+    for row in run.rows:
+        table.add_row(
+            row.implementation,
+            row.map,
+            f"{row.fan_out:.2f}",
+            f"{row.rows_per_token:.2f}",
+            *(
+                "-" if sent is None else f"{sent / 1e6:.4g}"
+                for sent in (row.wire_bytes, row.interface_bytes, row.least_bytes)
+            ),
+            _ms(row.exchange.median),
+            "-" if row.predicted_exchange is None else _ms(row.predicted_exchange),
+        )
+    return table
+
+
+def _plain_table(title: str, caption: str) -> Table:
+    return Table(
+        title=title,
+        caption=caption,
         title_justify="left",
         caption_justify="left",
         box=SIMPLE_HEAD,
         padding=0,
         show_edge=False,
     )
-    table.add_column("implementation", no_wrap=True)
-    table.add_column("map", no_wrap=True)
-    for column in ("MB\nsent", "copies", "dispatch", "expert", "combine", "total", "speed\nup"):
-        table.add_column(column, justify="right", no_wrap=True)
-    for row in result.rows:
-        table.add_row(
-            row.implementation,
-            row.map,
-            f"{row.bytes_sent / 1e6:.1f}",
-            f"{row.rows_per_token:.2f}",
-            *(f"{phase.median:.3g}" for phase in (row.dispatch, row.expert, row.combine)),
-            f"{row.total.median:.3g} ({row.total.least:.3g}-{row.total.most:.3g})",
-            f"{row.speed_up:.2f}",
-        )
-    return table
 
 
 def load_summary(recorded: Profile) -> dict[str, Any]:
@@ -195,3 +234,11 @@ def insight_tables(summary: Mapping[str, Any]) -> Group:
             domains.add_row(row["domain"], f"{row['tokens']:,}", *figures, row["hottest"])
         parts.append(domains)
     return Group(*parts)
+
+
+def _spread(value: Spread) -> str:
+    return f"{_ms(value.median)} ({_ms(value.least)}-{_ms(value.most)})"
+
+
+def _ms(value: float) -> str:
+    return f"{value:.3g}" if value < 999.5 else f"{value:.0f}"

@@ -5,7 +5,6 @@ The only place that writes them. Knows no engine.
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import importlib.metadata
 from collections.abc import Callable
@@ -15,7 +14,8 @@ from typing import Any
 
 from placement.placement_map import EMPTY_SLOT, PlacementMap
 from profiler.errors import CoterieError
-from profiler.files import require_writable, write_bytes, write_json
+from profiler.files import require_writable, to_json_bytes, write_together
+from profiler.spec import UNNAMED
 
 PROVENANCE = ".provenance.json"
 """What the name of a sidecar adds to that of the engine's file."""
@@ -29,13 +29,13 @@ class Engine:
         name: for messages.
         checked_against: the versions whose code the format was checked against.
         suffixes: that the engine takes for the file.
-        export: the file and its use, out of (map, where it will be, all layers of the model).
+        export: the file and its use, out of (map, where it will be, what else is known of the model).
     """
 
     name: str
     checked_against: str
     suffixes: tuple[str, ...]
-    export: Callable[[PlacementMap, Path, HiddenLayers], Export]
+    export: Callable[[PlacementMap, Path, ServedModel], Export]
 
 
 @dataclass(frozen=True)
@@ -54,20 +54,27 @@ class Export:
 
 
 @dataclass(frozen=True)
-class HiddenLayers:
-    """The decoder layers of a model beyond its MoE layers.
+class ServedModel:
+    """What an engine asks of a model and a plan does not say.
 
     Attributes:
-        total: dense ones included; 0 where not known.
+        total: decoder layers, dense ones included; 0 where not known.
         num_mtp: layers for multi-token prediction behind them, which hold experts too; the plan has none for these.
+        path: folder or hub id that the engine is to load; empty for the plan's name of the model.
     """
 
     total: int = 0
     num_mtp: int = 0
+    path: str = ""
 
     def __post_init__(self) -> None:
         if self.total < 0 or self.num_mtp < 0:
             raise CoterieError(f"{self.total} hidden and {self.num_mtp} MTP layers: must be 0 or more; 0 is not known")
+
+    def path_of(self, placement: PlacementMap) -> str:
+        """What to write for the model in a command; MODEL where nobody knows."""
+        known = "" if placement.model.name == UNNAMED else placement.model.name
+        return self.path or known or "MODEL"
 
     def require_total(self, placement: PlacementMap, engine: str) -> int:
         """The number of decoder layers.
@@ -111,25 +118,20 @@ def num_redundant(placement: PlacementMap) -> int:
     return placement.topology.num_slots - placement.model.num_experts
 
 
-def write_export(engine: Engine, placement: PlacementMap, path: Path, layers: HiddenLayers) -> Export:
+def write_export(engine: Engine, placement: PlacementMap, path: Path, served: ServedModel) -> Export:
     """Write an engine's file and beside it where it comes from; both or none.
 
     Raises:
-        CoterieError: the engine cannot express the map or takes no file of that name, or it cannot be written.
+        CoterieError: the engine cannot express the map or takes no file of that name, or it cannot be written; an
+            older export of that name is still there then.
     """
     if path.suffix not in engine.suffixes:
         raise CoterieError(f"{path}: {engine.name} takes {' or '.join(engine.suffixes)}; give such a name to -o")
     require_writable(path)
-    export = engine.export(placement, path.absolute(), layers)
+    export = engine.export(placement, path.absolute(), served)
     sidecar = path.with_name(path.name + PROVENANCE)
-    try:
-        write_bytes(path, export.content)
-        write_json(sidecar, _provenance(engine, placement, path, export))
-    except CoterieError:
-        for written in (path, sidecar):
-            with contextlib.suppress(OSError):
-                written.unlink()
-        raise
+    provenance = to_json_bytes(_provenance(engine, placement, path, export))
+    write_together({path: [export.content], sidecar: [provenance]})
     return export
 
 

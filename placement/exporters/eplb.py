@@ -8,13 +8,13 @@ import numpy as np
 import numpy.typing as npt
 from safetensors.numpy import save
 
-from placement.exporters.contract import Engine, Export, HiddenLayers, full_rows
+from placement.exporters.contract import Engine, Export, ServedModel, full_rows
 from placement.placement_map import PlacementMap
 
 Ints = npt.NDArray[np.int64]
 
 
-def export(placement: PlacementMap, path: Path, layers: HiddenLayers) -> Export:
+def export(placement: PlacementMap, path: Path, served: ServedModel) -> Export:
     """`phy2log` (L, P), `log2phy` (L, E, X) and `logcnt` (L, E), int64, in one safetensors file.
 
     Raises:

@@ -6,11 +6,11 @@ import json
 import shlex
 from pathlib import Path
 
-from placement.exporters.contract import Engine, Export, HiddenLayers, full_rows, num_redundant
+from placement.exporters.contract import Engine, Export, ServedModel, full_rows, num_redundant
 from placement.placement_map import PlacementMap
 
 
-def export(placement: PlacementMap, path: Path, layers: HiddenLayers) -> Export:
+def export(placement: PlacementMap, path: Path, served: ServedModel) -> Export:
     """`{"physical_to_logical_map": int[hidden layers][P]}` for `--init-expert-location`.
 
     The loader (`sglang/srt/eplb/expert_location.py`) hands every key on as an argument, so there can be no other; it
@@ -20,12 +20,12 @@ def export(placement: PlacementMap, path: Path, layers: HiddenLayers) -> Export:
     Raises:
         CoterieError: a slot is empty, or the number of hidden layers is not known.
     """
-    total = layers.require_total(placement, "SGLang")
+    total = served.require_total(placement, "SGLang")
     dense = [slot % placement.model.num_experts for slot in range(placement.topology.num_slots)]
     row_of_layer = dict(zip(placement.model.layer_ids, full_rows(placement, "SGLang"), strict=True))
     rows = [row_of_layer.get(layer, dense) for layer in range(total)]
     topology = placement.topology
-    words = ["python -m sglang.launch_server --model-path", shlex.quote(placement.model.name)]
+    words = ["python -m sglang.launch_server --model-path", shlex.quote(served.path_of(placement))]
     words += [f"--tp-size {topology.num_ranks} --ep-size {topology.num_ranks}"]
     if topology.num_nodes > 1:
         words += [f"--nnodes {topology.num_nodes} --node-rank 0 --dist-init-addr HOST:PORT"]

@@ -6,14 +6,16 @@ Works on bytes, so any type of weight passes unchanged. Knows nothing of models.
 from __future__ import annotations
 
 import json
+import math
+import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 import numpy as np
 
-from profiler.errors import CoterieError
+from profiler.errors import CoterieError, first_line
 
 CHUNK = 16 * 2**20
 """Bytes that are in memory at a time."""
@@ -75,10 +77,7 @@ def read_header(path: Path) -> Header:
                 )
             entries = json.loads(file.read(size))
         metadata = entries.pop("__metadata__", None)
-        tensors = [
-            Tensor(name, entry["dtype"], tuple(entry["shape"]), *entry["data_offsets"])
-            for name, entry in entries.items()
-        ]
+        tensors = [_tensor(name, entry) for name, entry in entries.items()]
         tensors.sort(key=lambda tensor: (tensor.start, tensor.end))
         ends = [0, *(tensor.end for tensor in tensors)]
         if any(tensor.start != end or tensor.end < end for tensor, end in zip(tensors, ends, strict=False)):
@@ -87,10 +86,22 @@ def read_header(path: Path) -> Header:
         if expected != found:
             raise CoterieError(f"{path}: truncated, {found:,} bytes of {expected:,}; download it again")
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise CoterieError(f"{path}: not a safetensors file ({type(error).__name__}); give one") from error
+        raise CoterieError(f"{path}: not a safetensors file ({first_line(error)}); give one") from error
     except OSError as error:
         raise CoterieError(f"{path}: cannot be read ({error.strerror}); download it again") from error
     return Header(tuple(tensors), metadata, 8 + size)
+
+
+def _tensor(name: str, entry: dict[str, Any]) -> Tensor:
+    """One entry of a header; a ValueError where numbers are no numbers."""
+    shape, (start, end) = tuple(entry["shape"]), entry["data_offsets"]
+    if any(type(number) is not int or number < 0 for number in (*shape, start, end)) or end < start:
+        raise ValueError(f"{name}: shape {shape} and bytes {start} to {end}")
+    bits = re.search(r"\d+", entry["dtype"])  # BOOL, C64, F8_E4M3 and so on
+    expected = math.prod(shape) * (int(bits[0]) if bits else 8)
+    if expected != 8 * (end - start):
+        raise ValueError(f"{name}: {end - start} bytes of {entry['dtype']} {shape}")
+    return Tensor(name, entry["dtype"], shape, start, end)
 
 
 def rewrite(source: Path, target: Path, edits: Sequence[Edit], on_bytes: Callable[[int], None]) -> None:
@@ -126,12 +137,18 @@ def edited(file: IO[bytes], start: int, tensor: Tensor, edit: Edit) -> Iterator[
     if edit.new_id is not None:
         file.seek(start)
         ids = np.frombuffer(file.read(size), dtype=INTEGERS[tensor.dtype])
+        if size and not 0 <= ids.min() <= ids.max() < len(edit.new_id):
+            raise CoterieError(
+                f"{tensor.name}: expert {ids.min() if ids.min() < 0 else ids.max()}, must be below {len(edit.new_id)}"
+            )
         yield np.asarray(edit.new_id, dtype=ids.dtype)[ids].tobytes()
-    elif edit.axis is None:
+    elif edit.axis is None or size == 0:
         yield from _copied(file, start, size)
     else:
         outer = int(np.prod(tensor.shape[: edit.axis], dtype=np.int64))
-        row = size // (outer * len(edit.order))
+        row, rest = divmod(size, outer * len(edit.order))
+        if rest:  # of types narrower than a byte
+            raise CoterieError(f"{tensor.name}: rows of {tensor.dtype} {list(tensor.shape)} are no whole bytes")
         if size <= CHUNK:
             file.seek(start)
             rows = np.frombuffer(file.read(size), dtype=np.uint8).reshape(outer, len(edit.order), row)

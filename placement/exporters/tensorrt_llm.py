@@ -7,11 +7,11 @@ from pathlib import Path
 
 import yaml
 
-from placement.exporters.contract import Engine, Export, HiddenLayers, full_rows
+from placement.exporters.contract import Engine, Export, ServedModel, full_rows
 from placement.placement_map import PlacementMap
 
 
-def export(placement: PlacementMap, path: Path, layers: HiddenLayers) -> Export:
+def export(placement: PlacementMap, path: Path, served: ServedModel) -> Export:
     """`num_slots`, `initial_global_assignments` and `layer_updates_per_iter: 0`, which keeps them.
 
     `MoeLoadBalancerConfig` (`tensorrt_llm/llmapi/llm_args.py`) takes no other key, wants a row of num_slots for every
@@ -23,14 +23,14 @@ def export(placement: PlacementMap, path: Path, layers: HiddenLayers) -> Export:
     """
     topology, num_experts = placement.topology, placement.model.num_experts
     assignments = dict(zip(placement.model.layer_ids, full_rows(placement, "TensorRT-LLM"), strict=True))
-    if layers.num_mtp:
-        total = layers.require_total(placement, "TensorRT-LLM with MTP layers")
+    if served.num_mtp:
+        total = served.require_total(placement, "TensorRT-LLM with MTP layers")
         own = [
             (rank * num_experts // topology.num_ranks + slot) % num_experts
             for rank in range(topology.num_ranks)
             for slot in range(topology.slots_per_rank)
         ]
-        assignments |= {total + index: list(own) for index in range(layers.num_mtp)}
+        assignments |= {total + index: list(own) for index in range(served.num_mtp)}
     value = {
         "num_slots": topology.num_slots,
         "initial_global_assignments": assignments,
@@ -41,12 +41,12 @@ def export(placement: PlacementMap, path: Path, layers: HiddenLayers) -> Export:
         "moe_config": {"backend": "WIDEEP", "load_balancer": str(path)},
     }
     start = (
-        f"trtllm-serve {shlex.quote(placement.model.name)} --backend pytorch --tp_size {topology.num_ranks} "
+        f"trtllm-serve {shlex.quote(served.path_of(placement))} --backend pytorch --tp_size {topology.num_ranks} "
         f"--ep_size {topology.num_ranks} --extra_llm_api_options options.yaml\n"
         f"where options.yaml has:\n{yaml.safe_dump(options, sort_keys=False)}"
     ).strip()
     remarks = ["the load balancer works with attention data parallelism and more than one rank only"]
-    if not layers.num_mtp:
+    if not served.num_mtp:
         remarks.append(
             "if you serve with multi-token prediction, give --num-mtp-layers: a layer without a row is an error"
         )

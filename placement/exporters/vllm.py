@@ -6,12 +6,12 @@ import json
 import shlex
 from pathlib import Path
 
-from placement.exporters.contract import Engine, Export, HiddenLayers, full_rows, num_redundant
+from placement.exporters.contract import Engine, Export, ServedModel, full_rows, num_redundant
 from placement.exporters.vllm_plugin import PLAN_VARIABLE
 from placement.placement_map import PlacementMap
 
 
-def export(placement: PlacementMap, path: Path, layers: HiddenLayers) -> Export:
+def export(placement: PlacementMap, path: Path, served: ServedModel) -> Export:
     """The map in coterie's own format, which the plugin reads.
 
     Raises:
@@ -20,7 +20,7 @@ def export(placement: PlacementMap, path: Path, layers: HiddenLayers) -> Export:
     full_rows(placement, "vLLM")
     topology = placement.topology
     balancing = json.dumps({"num_redundant_experts": num_redundant(placement)})
-    words = [f"{PLAN_VARIABLE}={shlex.quote(str(path))} vllm serve", shlex.quote(placement.model.name)]
+    words = [f"{PLAN_VARIABLE}={shlex.quote(str(path))} vllm serve", shlex.quote(served.path_of(placement))]
     words += [f"--tensor-parallel-size 1 --data-parallel-size {topology.num_ranks}"]
     if topology.num_nodes > 1:
         words += [f"--data-parallel-size-local {topology.ranks_per_node} --data-parallel-address HOST"]

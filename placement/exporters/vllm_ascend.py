@@ -6,12 +6,12 @@ import json
 import shlex
 from pathlib import Path
 
-from placement.exporters.contract import Engine, Export, HiddenLayers, full_rows
+from placement.exporters.contract import Engine, Export, ServedModel, full_rows
 from placement.placement_map import PlacementMap
 from profiler.errors import CoterieError
 
 
-def export(placement: PlacementMap, path: Path, layers: HiddenLayers) -> Export:
+def export(placement: PlacementMap, path: Path, served: ServedModel) -> Export:
     """`moe_layer_count` and `layer_list` for `eplb_config.expert_map_path`.
 
     `vllm_ascend/eplb/core/eplb_utils.py` counts MoE layers from 0, wants equally many experts on every device and loses
@@ -24,8 +24,8 @@ def export(placement: PlacementMap, path: Path, layers: HiddenLayers) -> Export:
     topology = placement.topology
     if topology.num_ranks == 1:
         raise CoterieError("vllm-ascend passes over the map on 1 rank; plan for at least 2")
-    if layers.num_mtp > 1:
-        raise CoterieError(f"{layers.num_mtp} MTP layers: vllm-ascend takes a map with at most 1; serve with fewer")
+    if served.num_mtp > 1:
+        raise CoterieError(f"{served.num_mtp} MTP layers: vllm-ascend takes a map with at most 1; serve with fewer")
     layer_list = []
     for ordinal, row in enumerate(full_rows(placement, "vllm-ascend")):
         ranks = [row[first : first + topology.slots_per_rank] for first in range(0, len(row), topology.slots_per_rank)]
@@ -34,7 +34,7 @@ def export(placement: PlacementMap, path: Path, layers: HiddenLayers) -> Export:
     value = {"moe_layer_count": len(layer_list), "layer_list": layer_list}
     additional = json.dumps({"eplb_config": {"expert_map_path": str(path)}})
     start = (
-        f"vllm serve {shlex.quote(placement.model.name)} --tensor-parallel-size {topology.num_ranks} "
+        f"vllm serve {shlex.quote(served.path_of(placement))} --tensor-parallel-size {topology.num_ranks} "
         f"--enable-expert-parallel --additional-config {shlex.quote(additional)}"
     )
     return Export((json.dumps(value, separators=(",", ":")) + "\n").encode(), start)

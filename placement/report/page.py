@@ -8,7 +8,6 @@ import jinja2
 import numpy as np
 
 from placement.insight import Insight
-from placement.report.comparison import compare_with_run
 from placement.report.payload import payload, to_script
 from placement.verdict import answers
 from profiler.files import write_text
@@ -45,5 +44,5 @@ def render(insight: Insight) -> str:
         num_measured=tokens.num_tokens,
         num_sequences=len(np.unique(tokens.sequence_ids)),
         bench=insight.bench,
-        comparison=compare_with_run(insight),
+        runs=insight.bench.on(plan.topology.num_ranks) if insight.bench else (),
     )

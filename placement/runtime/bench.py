@@ -1,229 +1,240 @@
-"""What a map buys in a real expert-parallel run, beside transformers' own: outputs checked, bytes and times."""
+"""What maps buy in a real expert-parallel run, beside transformers' own: outputs checked, bytes and times measured.
+
+Each batch is run by all cases in turns within each repeat, so that a drift of the machine's speed meets them all.  A
+case is timed twice a repeat: once as it is, for the total, and once with all ranks waiting for each other before
+dispatch, experts and combine, so that none of these is charged with what a slow rank did before.
+"""
 
 from __future__ import annotations
 
 import itertools
-import statistics
-import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
-
-import torch
-import torch.distributed as dist
-from torch.distributed.device_mesh import init_device_mesh
+from typing import Any, Literal
 
 from placement.placement_map import PlacementMap
-from placement.runtime.experts import IMPLEMENTATIONS, build_implementations, installed
-from placement.runtime.launch import run_on_ranks
-from placement.runtime.meter import PHASES, Meter
+from placement.runtime.launch import run_as_rank, run_on_ranks, started_by_torchrun
+from placement.runtime.network import hosts
+from placement.runtime.results import BenchResult, BenchRun
+from placement.runtime.summary import joined
+from placement.runtime.trials import MODES, PEER, Case, Task, run_task
+from placement.runtime.workloads import cut_replay, replayed_layers
+from placement.topology import Topology
 from profiler.calibration import Document
 from profiler.errors import CoterieError
-from profiler.families import find_moe_layers, read_spec
-from profiler.files import read_json, write_json
-from profiler.loading import load_model
+from profiler.families import read_spec
+from profiler.loading import LoadedModel, load_model
+from profiler.profile import Profile
 
-SCHEMA_VERSION = 1
 MAX_DIFFERENCE = 1e-4
-"""Largest absolute difference of logits from the single-process model that counts as exact in float32."""
-
-CASES = (("HF all_to_all", "linear"), ("coterie", "linear"), ("coterie", "planned"))
-"""Implementation and map of each row; speed-ups are against the first."""
+"""Largest difference from the single process that counts as exact in float32: of outputs, and of gradients over their
+largest value.  Exchanges that round on the way are not held to it."""
 
 
 @dataclass(frozen=True)
-class Spread:
-    """Milliseconds over the repeats."""
-
-    median: float
-    least: float
-    most: float
-
-    @classmethod
-    def of(cls, seconds: Sequence[float]) -> Spread:
-        """Of figures in seconds."""
-        return cls(*(1e3 * value for value in (statistics.median(seconds), min(seconds), max(seconds))))
-
-
-@dataclass(frozen=True)
-class BenchRow:
-    """One implementation on one map; times are those of the slowest rank, waiting included.
+class Settings:
+    """What is run.
 
     Attributes:
-        bytes_sent: by all ranks in one forward pass, dispatch and combine, without what ranks keep for themselves.
-        rows_per_token: copies of a token sent in a layer, its own rank included, mean over layers; for coterie this is
-            fan_out.
-        max_difference: of the logits from the single-process model's.
-        speed_up: median over the repeats of the first row's total over this one's.
+        kind: one forward pass, decoding steps, or a training step.
+        modes: ways to exchange, of `trials.MODES`.
+        sequences_per_rank: batches to run one after the other, by the sequences of a rank.
+        sequence_length: tokens of a sequence.
+        steps: of decoding, the last tokens of each sequence one by one.
+        repeats: timed runs of each case.
+        network: None for ranks that exchange through memory, or the rate of a cable for each host, such as 400mbit.
+        hidden_size: of a replay, instead of the model's.
+        expert_size: likewise.
+        num_layers: of a replay, at equal distances; None for all.
+        seed: of a replay's choice of sequences and of its random values.
     """
 
-    implementation: str
-    map: str
-    bytes_sent: int
-    rows_per_token: float
-    dispatch: Spread
-    expert: Spread
-    combine: Spread
-    total: Spread
-    max_difference: float
-    speed_up: float
+    kind: Literal["prefill", "decode", "training"] = "prefill"
+    modes: tuple[str, ...] = ("flat",)
+    sequences_per_rank: tuple[int, ...] = (2,)
+    sequence_length: int = 256
+    steps: int = 16
+    repeats: int = 15
+    network: str | None = None
+    hidden_size: int | None = None
+    expert_size: int | None = None
+    num_layers: int | None = None
+    seed: int = 0
 
-
-@dataclass(frozen=True)
-class BenchResult:
-    """The table of one bench, and where it was measured."""
-
-    model: str
-    num_ranks: int
-    tokens_per_rank: int
-    repeats: int
-    backend: str
-    rows: tuple[BenchRow, ...]
-
-    def save(self, path: Path) -> None:
-        """Write as JSON."""
-        write_json(path, {"schema_version": SCHEMA_VERSION, **asdict(self)})
-
-    @classmethod
-    def load_from(cls, path: Path) -> BenchResult:
-        """Read what `save` wrote.
-
-        Raises:
-            CoterieError: missing, truncated or not a bench result.
-        """
-        value = read_json(path, "a bench result", "make one with `coterie bench -o`")
-        try:
-            if value.pop("schema_version") != SCHEMA_VERSION:
-                raise CoterieError(f"{path}: not a bench result of schema_version {SCHEMA_VERSION}; bench again")
-            rows = tuple(
-                BenchRow(**{**row, **{name: Spread(**row[name]) for name in (*PHASES, "total")}})
-                for row in value.pop("rows")
+    def __post_init__(self) -> None:
+        sizes = {"repeats": self.repeats, "sequence length": self.sequence_length, "steps": self.steps}
+        sizes |= {"sequences per rank": min(self.sequences_per_rank, default=0)}
+        sizes |= {
+            name: value
+            for name, value in (("hidden size", self.hidden_size), ("expert size", self.expert_size))
+            if value is not None
+        }
+        for name, value in sizes.items():
+            if value < 1:
+                raise CoterieError(f"{name} {value}: must be at least 1")
+        for mode in self.modes:
+            if mode not in MODES:
+                raise CoterieError(f"mode {mode!r}: must be one of {', '.join(MODES)}")
+        if self.kind == "decode" and self.steps >= self.sequence_length:
+            raise CoterieError(
+                f"{self.steps} steps: must be fewer than the {self.sequence_length} tokens of a sequence"
             )
-            result = cls(**value, rows=rows)
-            numbers: list[float] = [result.num_ranks, result.tokens_per_rank, result.repeats]
-            for row in rows:
-                numbers += [row.bytes_sent, row.rows_per_token, row.max_difference, row.speed_up]
-                for spread in (row.dispatch, row.expert, row.combine, row.total):
-                    numbers += [spread.median, spread.least, spread.most]
-            if not rows or any(type(number) not in (int, float) for number in numbers):
-                raise CoterieError(f"{path}: not a bench result (no rows, or no numbers in them); bench again")
-            return result
-        except (KeyError, TypeError) as error:
-            raise CoterieError(f"{path}: not a bench result ({error}); bench again") from error
+
+    @property
+    def steps_of_a_pass(self) -> int:
+        """Forward passes of one batch."""
+        return self.steps if self.kind == "decode" else 1
+
+    def tokens_per_step(self, sequences: int) -> int:
+        """Tokens of a rank in each forward pass."""
+        return sequences if self.kind == "decode" else sequences * self.sequence_length
 
 
 def bench(
-    placement: PlacementMap,
-    model: str | None,
-    documents: Sequence[Document],
-    *,
-    sequences_per_rank: int = 2,
-    sequence_length: int = 256,
-    repeats: int = 15,
-    before_joining: Callable[[int], None] | None = None,
-) -> BenchResult:
-    """Run a model's forward pass expert-parallel, one process for each rank of the map, each with its own sequences.
+    maps: Mapping[str, PlacementMap],
+    model: str | None = None,
+    documents: Sequence[Document] = (),
+    replay: Path | None = None,
+    settings: Settings | None = None,
+) -> BenchResult | None:
+    """Run maps expert-parallel, one process for each rank, each with tokens of its own.
 
-    The cases take turns within each repeat, so that a drift of the machine's speed meets them all.
+    Maps for the same ranks and nodes are run in turns with each other, with file order and with transformers'
+    all_to_all; others one after the other.  Where torchrun started this process, it is one of the ranks, and only the
+    first one gets the result.
 
     Args:
+        maps: by the name that tables give them.
         model: a folder or hub id; None for the embedded model.
         documents: text for the batches, one sequence of each domain in turn.
-        before_joining: as in `run_on_ranks`.
+        replay: a profile to replay instead of running a model.
 
     Raises:
-        CoterieError: the map is for another model, there is too little text, or logits differ by more than 1e-4.
+        CoterieError: a map is for another model, there are too few tokens, or outputs differ from one process.
     """
-    if repeats < 1 or sequences_per_rank < 1:
-        raise CoterieError(f"repeats {repeats}, sequences per rank {sequences_per_rank}: must be at least 1")
-    loaded = load_model(model, "cpu")
-    placement.require_model(read_spec(loaded.model, loaded.name))
-    num_ranks = placement.topology.num_ranks
-    needed = num_ranks * sequences_per_rank
-    batches = loaded.batches(documents, sequence_length, batch_size=1)
-    of_full_length = (batch.input_ids[0].tolist() for batch in batches if batch.num_tokens == sequence_length)
+    settings = settings or Settings()
+    if not maps:
+        raise CoterieError("no placement map to bench; give at least 1")
+    profile = Profile.load_from(replay) if replay else None
+    full: list[list[int]] = []
+    if profile is not None:
+        name, spec = profile.model.name, profile.model
+        if not (settings.hidden_size or spec.hidden_size) or not (settings.expert_size or spec.expert_size):
+            raise CoterieError(f"{replay}: does not know the sizes of the model; give --hidden-size and --expert-size")
+    else:
+        loaded = load_model(model, "cpu")
+        name, spec = loaded.name, read_spec(loaded.model, loaded.name)
+    for placement in maps.values():
+        placement.require_model(spec)
+    if profile is None:
+        most = max(placement.topology.num_ranks for placement in maps.values())
+        full = _full_sequences(loaded, documents, settings.sequence_length, most * max(settings.sequences_per_rank))
+    together: dict[tuple[int, int], dict[str, PlacementMap]] = {}
+    for label, placement in maps.items():
+        topology = placement.topology
+        together.setdefault((topology.num_nodes, topology.ranks_per_node), {})[label] = placement
+    if started_by_torchrun() and len(together) > 1:
+        raise CoterieError(
+            f"maps for {len(together)} topologies: under torchrun the ranks are given, bench one at a time"
+        )
+    runs: list[BenchRun] = []
+    for group in together.values():
+        task = _task(group, settings, model, replay, full)
+        if profile is not None:  # say what is wrong before anything is started
+            num_ranks = task.maps["linear"].topology.num_ranks
+            cut_replay(spec, profile.require_tokens(), num_ranks * max(task.num_tokens), settings.num_layers, task.seed)
+        ranks = _run(task, settings.network)
+        if ranks is None:
+            return None
+        _require_exact(task, ranks)
+        backend = ranks[0]["backend"]
+        for at, count in enumerate(settings.sequences_per_rank):
+            runs.append(joined(task, ranks, at, settings.tokens_per_step(count)))
+    return BenchResult(
+        name, settings.kind, profile is not None, backend, settings.network, settings.repeats, tuple(runs)
+    )
+
+
+def _full_sequences(loaded: LoadedModel, documents: Sequence[Document], length: int, needed: int) -> list[list[int]]:
+    batches = loaded.batches(documents, length, batch_size=1)
+    of_full_length = (batch.input_ids[0].tolist() for batch in batches if batch.num_tokens == length)
     full = list(itertools.islice(of_full_length, needed))  # reads no more text than it needs
     if len(full) < needed:
         raise CoterieError(
-            f"the text holds {len(full)} sequences of {sequence_length} tokens, {num_ranks} ranks with "
-            f"{sequences_per_rank} each need {needed}; give more to --data"
+            f"the text holds {len(full)} sequences of {length} tokens, the ranks need {needed} together; "
+            "give more to --data, or fewer or shorter sequences"
         )
-    linear = PlacementMap.linear(placement.model, placement.topology)
-    arguments = {
-        "model": model,
-        "maps": {"linear": linear, "planned": replace(placement, metrics=None)},
-        "sequences": full,
-        "repeats": repeats,
-    }
-    ranks = run_on_ranks(_bench_rank, num_ranks, arguments, before_joining)
-    rows = _rows(ranks, placement.model.num_layers * sequences_per_rank * sequence_length * num_ranks)
-    for row in rows:
-        if not row.max_difference <= MAX_DIFFERENCE:
-            raise CoterieError(
-                f"{row.implementation} on the {row.map} map: logits differ by {row.max_difference:.2e} from the "
-                f"single-process model, at most {MAX_DIFFERENCE:g} is exact; do not trust this run"
-            )
-    tokens_per_rank = sequences_per_rank * sequence_length
-    return BenchResult(loaded.name, num_ranks, tokens_per_rank, repeats, ranks[0]["backend"], rows)
+    return full
 
 
-@torch.no_grad()
-def _bench_rank(rank: int, device: torch.device, arguments: Mapping[str, Any]) -> dict[str, Any]:
-    num_ranks = dist.get_world_size()
-    # Float32 everywhere: the check against one process is about the exchange, not about rounding.
-    model = load_model(arguments["model"], "cpu").model.to(device)
-    layers = find_moe_layers(model)
-    mesh = init_device_mesh(device.type, (num_ranks, 1), mesh_dim_names=("ep", "tp"))
-    input_ids = torch.tensor(arguments["sequences"][rank::num_ranks], device=device)
-    expected = model(input_ids=input_ids, use_cache=False).logits
-    meters = [Meter() for _ in CASES]
-    implementations = [
-        build_implementations(layers, arguments["maps"][map_name], IMPLEMENTATIONS[name], mesh["ep"], mesh["tp"], meter)
-        for (name, map_name), meter in zip(CASES, meters, strict=True)
-    ]
-    cases: list[dict[str, Any]] = [{"seconds": {phase: [] for phase in (*PHASES, "total")}} for _ in CASES]
-    for repeat in range(arguments["repeats"] + 1):
-        for case, meter, layer_implementations in zip(cases, meters, implementations, strict=True):
-            with installed(layers, layer_implementations):
-                meter.reset()
-                dist.barrier()
-                started = time.perf_counter()
-                logits = model(input_ids=input_ids, use_cache=False).logits
-                if device.type != "cpu":
-                    torch.accelerator.synchronize()
-                total = time.perf_counter() - started
-            if repeat == 0:  # a warm-up: checked, not timed
-                case["max_difference"] = float((logits - expected).abs().max())
-                case["bytes_sent"], case["rows_sent"] = meter.bytes_sent, meter.rows_sent
-                continue
-            for phase, seconds in {**meter.seconds, "total": total}.items():
-                case["seconds"][phase].append(seconds)
-    return {"backend": dist.get_backend(), "cases": cases}
-
-
-def _rows(ranks: Sequence[Mapping[str, Any]], num_layer_tokens: int) -> tuple[BenchRow, ...]:
-    """Join the ranks' figures: the slowest rank's time of each repeat, the sum of bytes."""
-    slowest = [
-        {
-            phase: [
-                max(times) for times in zip(*(rank["cases"][case]["seconds"][phase] for rank in ranks), strict=True)
-            ]
-            for phase in (*PHASES, "total")
-        }
-        for case in range(len(CASES))
-    ]
-    return tuple(
-        BenchRow(
-            implementation=implementation,
-            map=map_name,
-            bytes_sent=sum(rank["cases"][case]["bytes_sent"] for rank in ranks),
-            rows_per_token=sum(rank["cases"][case]["rows_sent"] for rank in ranks) / num_layer_tokens,
-            **{phase: Spread.of(slowest[case][phase]) for phase in (*PHASES, "total")},
-            max_difference=max(rank["cases"][case]["max_difference"] for rank in ranks),
-            speed_up=statistics.median(
-                first / this for first, this in zip(slowest[0]["total"], slowest[case]["total"], strict=True)
-            ),
-        )
-        for case, (implementation, map_name) in enumerate(CASES)
+def _task(
+    maps: Mapping[str, PlacementMap],
+    settings: Settings,
+    model: str | None,
+    replay: Path | None,
+    sequences: Sequence[Sequence[int]],
+) -> Task:
+    prepared = {name: _prepared(placement, settings, replay is not None) for name, placement in maps.items()}
+    some = next(iter(prepared.values()))
+    spec, topology = some.model, some.topology
+    of_experts = Topology.for_experts(spec.num_experts, topology.num_ranks, topology.num_nodes)
+    linear = PlacementMap.linear(spec, of_experts)
+    divides = of_experts.num_slots == spec.num_experts  # transformers owns as many experts on each rank
+    peer = [Case(PEER, "flat", "linear")] if divides else []
+    counts = settings.sequences_per_rank
+    return Task(
+        cases=[*peer, *(Case("coterie", mode, name) for mode in settings.modes for name in ("linear", *prepared))],
+        maps={"linear": linear, **prepared},
+        training=settings.kind == "training",
+        steps=settings.steps_of_a_pass,
+        repeats=settings.repeats,
+        model=model,
+        sequences=[] if replay else [sequences[: topology.num_ranks * count] for count in counts],
+        replay=str(replay) if replay else None,
+        num_layers=settings.num_layers,
+        num_tokens=[settings.tokens_per_step(count) * settings.steps_of_a_pass for count in counts] if replay else [],
+        seed=settings.seed,
     )
+
+
+def _prepared(placement: PlacementMap, settings: Settings, replaying: bool) -> PlacementMap:
+    """A map as it is run: on its hosts, with the sizes and layers of a replay, and without figures."""
+    model, slots, topology = placement.model, placement.physical_to_logical_map, placement.topology
+    if replaying:
+        layers = replayed_layers(model, settings.num_layers)
+        model = replace(
+            model,
+            layer_ids=tuple(model.layer_ids[layer] for layer in layers),
+            hidden_size=settings.hidden_size or model.hidden_size,
+            expert_size=settings.expert_size or model.expert_size,
+        )
+        slots = slots[layers]
+    num_nodes = topology.num_nodes
+    if num_nodes == 1 and settings.network:
+        num_nodes = topology.num_ranks  # nothing else was planned for, so that each rank gets a host
+    topology = Topology(num_nodes, topology.num_ranks // num_nodes, topology.slots_per_rank)
+    return PlacementMap(replace(model, dtype="float32"), topology, slots, placement.solver)
+
+
+def _run(task: Task, network: str | None) -> list[dict[str, Any]] | None:
+    topology, arguments = task.maps["linear"].topology, {"task": task}
+    if started_by_torchrun():
+        if network:
+            raise CoterieError("--network makes hosts on one machine; under torchrun the hosts are there, leave it out")
+        return run_as_rank(run_task, arguments)
+    if network is None:
+        return run_on_ranks(run_task, topology.num_ranks, arguments)
+    with hosts(topology.num_nodes, network, topology.ranks_per_node) as made:
+        return run_on_ranks(run_task, topology.num_ranks, arguments, made.enter)
+
+
+def _require_exact(task: Task, ranks: Sequence[Mapping[str, Any]]) -> None:
+    for rank in ranks:
+        for batch in rank["batches"]:
+            for case, figures in zip(task.cases, batch["cases"], strict=True):
+                if MODES[case.mode].wire_dtype is None and not figures["max_difference"] <= MAX_DIFFERENCE:
+                    raise CoterieError(
+                        f"{case.implementation} on the {case.map} map: differs by {figures['max_difference']:.2e} from "
+                        f"the single-process model, at most {MAX_DIFFERENCE:g} is exact; do not trust this run"
+                    )

@@ -41,6 +41,11 @@ class Hop:
         """How many ranks exchange."""
         return len(self.across_nodes)
 
+    @property
+    def member(self) -> int:
+        """This rank's number among them."""
+        return dist.get_rank(self.group)
+
 
 @dataclass(frozen=True)
 class Route:
@@ -259,7 +264,7 @@ def _exchange(
             output, tensor.contiguous(), split.received, split.to, group=hop.group, async_op=True
         )
         row_bytes = tensor[:1].numel() * tensor.element_size()
-        meter.count_sent(split.to, row_bytes, dist.get_rank(hop.group), hop.across_nodes)
+        meter.count_sent(split.to, row_bytes, hop.member, hop.across_nodes)
         outputs.append(output)
         pending.append(work)
     for work in pending:

@@ -22,7 +22,6 @@ from placement.runtime.meter import Meter
 from placement.runtime.sharding import SumOverCopies, local_experts
 from placement.runtime.slots import Choice, SlotChoice
 from profiler.errors import CoterieError
-from profiler.families import MoELayer
 
 
 @dataclass(frozen=True)
@@ -137,6 +136,7 @@ class CoterieEP(EPImplementation):  # type: ignore[misc]
             for hop, size in zip(route.hops, sizes, strict=True):
                 with meter.indexing():
                     index = index_hop(pairs, hop, size)
+                meter.count_rows(size.rows.to, hop.member, hop.across_nodes)
                 rows, pairs = dispatch(rows, pairs, index, hop, route)
                 row_counts.append(len(rows))
                 indices.append(index)
@@ -164,7 +164,7 @@ class MeteredAllToAllEP(AllToAllEP):  # type: ignore[misc]
                 "this map has copies or empty slots; give it one without"
             )
         super().__init__(experts, ep_mesh, tp_mesh)
-        self.slots = slots
+        self.experts, self.slots = experts, slots
         self.meter = meter = route.meter
         node = ep_mesh.get_local_rank() // slots.ranks_per_node
         self._across_nodes = [other // slots.ranks_per_node != node for other in range(ep_mesh.size())]
@@ -186,6 +186,7 @@ class MeteredAllToAllEP(AllToAllEP):  # type: ignore[misc]
     def _dispatch_tokens(self, hidden_states: Any, top_k_index: Any, top_k_weights: Any) -> Any:
         with self.meter.phase("dispatch"):
             tokens, expert_ids, weights, state = super()._dispatch_tokens(hidden_states, top_k_index, top_k_weights)
+        self.meter.count_rows(state.send_sizes, self.ep_mesh.get_local_rank(), self._across_nodes)
         self.meter.count_served(sum(state.send_sizes), sum(state.recv_sizes), sum(state.recv_sizes))
         self._count(tokens, state.send_sizes)
         return tokens, expert_ids, weights, state
@@ -197,6 +198,8 @@ class MeteredAllToAllEP(AllToAllEP):  # type: ignore[misc]
 
     def _count(self, rows: torch.Tensor, rows_to: list[int]) -> None:
         row_bytes = rows.shape[-1] * rows.element_size()
+        if torch.is_grad_enabled() and rows.requires_grad:
+            row_bytes *= 2  # their gradients come back
         self.meter.count_sent(rows_to, row_bytes, self.ep_mesh.get_local_rank(), self._across_nodes)
 
 
@@ -245,10 +248,10 @@ def build_implementations(
 
 
 @contextmanager
-def installed(layers: Sequence[MoELayer], implementations: Sequence[EPImplementation]) -> Iterator[None]:
+def installed(layers: Sequence[HasExperts], implementations: Sequence[Callable[..., torch.Tensor]]) -> Iterator[None]:
     """Let a model's experts modules run through the given implementations while inside."""
     for layer, implementation in zip(layers, implementations, strict=True):
-        layer.experts.forward = implementation.__call__
+        layer.experts.forward = implementation
     try:
         yield
     finally:

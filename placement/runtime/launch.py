@@ -1,4 +1,4 @@
-"""Start one process for each rank on this machine and collect what each returns. Knows nothing of models."""
+"""One function on all ranks, started here or by torchrun, and what each returns. Knows nothing of models."""
 
 from __future__ import annotations
 
@@ -11,10 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch._C._distributed_c10d import FileStore
 from torch.multiprocessing.spawn import ProcessExitedException, ProcessRaisedException, start_processes
 
-from placement.runtime.membership import RankLostError, describe, member_of, own_device
+from placement.runtime.membership import RankLostError, describe, joined, member_of, own_device
 from profiler.errors import CoterieError
 
 Worker = Callable[[int, torch.device, dict[str, Any]], dict[str, Any]]
@@ -50,8 +51,12 @@ def run_on_ranks(
                 join=False,
                 start_method="spawn",
             )
-            while not processes.join(grace_period=GRACE_SECONDS):
-                pass
+            try:
+                while not processes.join(grace_period=GRACE_SECONDS):
+                    pass
+            finally:  # interrupted, or a rank that did not end by itself
+                for process in processes.processes:
+                    process.kill()
         except (ProcessRaisedException, ProcessExitedException) as error:
             # A rank that was killed leaves no line; else the first to fail is the one to name.
             if isinstance(error, ProcessExitedException) and error.exit_code < 0:
@@ -61,6 +66,33 @@ def run_on_ranks(
             unknown = f"rank {error.error_index} of {num_ranks} failed: {str(error).strip().splitlines()[-1]}"
             raise CoterieError(failures[0].read_text() if failures else unknown) from error
         return [json.loads((Path(folder) / f"{rank}.json").read_text()) for rank in range(num_ranks)]
+
+
+def started_by_torchrun() -> bool:
+    """Whether this process is one rank of a group that torchrun started."""
+    return "TORCHELASTIC_RUN_ID" in os.environ
+
+
+def run_as_rank(worker: Worker, arguments: dict[str, Any]) -> list[dict[str, Any]] | None:
+    """Run a function as the rank that torchrun started this process as; all ranks call it together.
+
+    Returns:
+        What each rank returned, on rank 0; None on the others.
+    """
+    with joined() as device:
+        rank = dist.get_rank()
+        mine = torch.frombuffer(bytearray(json.dumps(worker(rank, device, arguments)).encode()), dtype=torch.uint8)
+        size = torch.tensor([len(mine)], device=device)
+        sizes = size.new_empty(dist.get_world_size())
+        dist.all_gather_single(sizes, size)
+        longest = int(sizes.max())
+        padded = torch.zeros(longest, dtype=torch.uint8, device=device)
+        padded[: len(mine)] = mine.to(device)
+        gathered = padded.new_empty((len(sizes), longest))
+        dist.all_gather_single(gathered.view(-1), padded)
+        if rank:
+            return None
+        return [json.loads(bytes(row[:end].tolist())) for row, end in zip(gathered.cpu(), sizes.tolist(), strict=True)]
 
 
 @contextmanager
@@ -88,8 +120,10 @@ def _run_rank(
     before_joining: Callable[[int], None] | None,
 ) -> None:
     def end(line: str) -> None:
-        report(line)
-        os._exit(1)
+        try:
+            report(line)
+        finally:  # the folder is gone where the process that made it is
+            os._exit(1)
 
     def report(line: str) -> None:
         (Path(folder) / f"{rank}.error").write_text(line)

@@ -8,6 +8,7 @@ one line that says which rank and why.  Knows nothing of models or maps.
 from __future__ import annotations
 
 import os
+import socket
 import sys
 import threading
 import time
@@ -51,7 +52,11 @@ class Membership:
         self._parent = os.getppid()
         of_its_own: Any = store  # a store serves one thread at a time; its stub knows no clone
         watched = PrefixStore("coterie", of_its_own.clone())
-        self._thread = threading.Thread(target=self._watch, args=(watched,), daemon=True)
+        self._looks = 0
+        self._threads = [
+            threading.Thread(target=self._watch, args=(watched,), daemon=True),
+            threading.Thread(target=self._guard, daemon=True),
+        ]
 
     def await_all(self, word: str, seconds: float) -> None:
         """Post a word and wait until every rank has.
@@ -77,7 +82,8 @@ class Membership:
 
     def start(self) -> None:
         """Begin to give signs of life and to look for those of the others."""
-        self._thread.start()
+        for thread in self._threads:
+            thread.start()
 
     def explain(self, error: BaseException) -> RankLostError | None:
         """Tell the others of a failure here; if another rank's end was its cause, who that was and why."""
@@ -122,13 +128,41 @@ class Membership:
                 )
             if os.getppid() != self._parent:
                 loss = f"rank {self.rank} of {self.num_ranks}: the process that started it is gone"
-            if loss and self._own.acquire(blocking=False):
-                if not self._stopped.is_set():
-                    self._stopped.set()
-                    self._on_loss(loss)
+            if loss:
+                self._pass_on(store, loss)
+                self._report(loss)
                 return
+            self._looks += 1
             beat += 1
             self._stopped.wait(0.5 if beat < 20 else 1.0)
+
+    def _guard(self) -> None:
+        """A store whose host is out of reach does not answer, and looking at it waits for good."""
+        seen, silent = 0, 0.0
+        while not self._stopped.wait(1.0):
+            # Seconds are counted, not read from a clock, since one call may keep all threads from running for long.
+            seen, silent = self._looks, silent + 1 if self._looks == seen else 0.0
+            if silent >= SILENCE_SECONDS:
+                self._report(
+                    f"rank {self.rank} of {self.num_ranks} cannot reach the group's store any more: "
+                    f"no answer for {SILENCE_SECONDS:g} s"
+                )
+                return
+
+    def _pass_on(self, store: Store, loss: str) -> None:
+        """Let the others say the same, before this process ends and perhaps takes the store with it."""
+        try:
+            store.set("lost", loss)
+            store.add("failures", 1)
+        except RuntimeError:  # it is gone already
+            return
+        if self.rank == 0:
+            time.sleep(2.5)  # they look once a second
+
+    def _report(self, loss: str) -> None:
+        if self._own.acquire(blocking=False) and not self._stopped.is_set():
+            self._stopped.set()
+            self._on_loss(loss)
 
     def _look(self, store: Store, beat: int, beats: dict[int, bytes], heard: dict[int, float]) -> str | None:
         store.set(f"alive/{self.rank}", str(beat))
@@ -137,6 +171,8 @@ class Membership:
             for rank in range(self.num_ranks):
                 if rank != self.rank and store.check([f"failed/{rank}"]):
                     return f"rank {rank} of {self.num_ranks} failed: {store.get(f'failed/{rank}').decode()}"
+            if store.check(["lost"]):
+                return store.get("lost").decode()
         for rank in range(self.num_ranks):
             key = f"alive/{rank}"
             if rank == self.rank or store.check([f"left/{rank}"]):
@@ -236,8 +272,10 @@ def _joined_by_environment() -> Iterator[torch.device]:
     host = os.environ["MASTER_ADDR"]
     keeps_store = rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
     try:
+        if not keeps_store:
+            _await_host(host, port)
         store = TCPStore(host, port, num_ranks, keeps_store, timedelta(seconds=JOIN_SECONDS), wait_for_workers=False)
-    except (RuntimeError, ValueError) as error:
+    except (OSError, RuntimeError, ValueError) as error:
         raise RankLostError(
             f"rank {rank} of {num_ranks} cannot reach {host}:{port} within {JOIN_SECONDS:g} s ({describe(error)}); "
             "check MASTER_ADDR, MASTER_PORT and the firewall"
@@ -250,6 +288,20 @@ def _joined_by_environment() -> Iterator[torch.device]:
 
     with member_of(store, rank, num_ranks, device, end):
         yield device
+
+
+def _await_host(host: str, port: int) -> None:
+    """Wait until somebody listens; the store itself may try for longer than it was told."""
+    deadline = time.monotonic() + JOIN_SECONDS
+    while True:
+        try:
+            socket.create_connection((host, port), timeout=max(0.1, deadline - time.monotonic())).close()
+        except OSError:
+            if time.monotonic() > deadline:
+                raise
+            time.sleep(0.1)
+        else:
+            return
 
 
 def _print_line(line: str) -> None:

@@ -46,9 +46,15 @@ STRATEGIES: dict[str, Strategy] = {
 
 ALWAYS_COMPARED = ("linear", "random", "load", "search")
 
-DEFAULT_LOAD_CAP = 1.1
+LEAST_LOAD_CAP, LOAD_CAP_OF_ONE_EXPERT, MOST_LOAD_CAP = 1.065, 0.48, 1.15
+"""The default load cap is 1 + 0.48 / slots a rank, between these: the fewer experts a rank holds, the more traffic it
+costs to balance them.  Chosen on recorded routing, see docs/log.md."""
+
 NUM_FOLDS = 4
 """Parts of the sequences that a plan has to be good on; how other numbers did is in docs/log.md."""
+
+TOGETHER = 0.5
+"""What all tokens together count beside the mean over folds: a fold alone overstates how far sequences differ."""
 
 OBJECTIVES = ("time", "fan-out", "balance", "collaboration")
 
@@ -60,7 +66,8 @@ class Options:
     Attributes:
         objective: one of `OBJECTIVES`.
         workload: what the layers are given, for `time` on a topology with links.
-        load_cap: the largest load of a rank that is wanted, over the mean; None for 1.1 or as near as can be.
+        load_cap: the largest load of a rank that is wanted, over the mean; None for `default_load_cap` or as near as
+            can be.
         num_redundant: copies beyond one of each expert.
         seed: the same seed gives the same plan.
         num_kicks: rounds of the search; more take longer and find more.  None for 60, or fewer for large layers.
@@ -142,7 +149,7 @@ def plan(
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         slots_LP = np.stack(list(pool.map(of_layer, range(len(problems)))))
-    solver = {"name": strategy, "options": _to_json(options), "seed": options.seed}
+    solver = {"name": strategy, "options": _to_json(options, topology), "seed": options.seed}
     return PlacementMap(profile.model, topology, slots_LP, solver, profile.digest)
 
 
@@ -171,16 +178,22 @@ def layer_problems(profile: Profile, topology: Topology, options: Options) -> li
             ids_TK,
             model.num_experts,
             topology,
-            options.load_cap or DEFAULT_LOAD_CAP,
+            options.load_cap or default_load_cap(topology),
             folds_T=folds_T,
             weights_T=weights_T,
             num_redundant=options.num_redundant,
             num_groups=model.num_groups if options.preserve_groups else 1,
             objective=objective,
             worst_fold=options.worst_domain,
+            together=0.0 if options.num_redundant else TOGETHER,  # with copies it is not measured
         )
         problems.append(problem)
     return problems
+
+
+def default_load_cap(topology: Topology) -> float:
+    """The largest load over the mean that is wanted where the user names none."""
+    return min(max(LEAST_LOAD_CAP, 1 + LOAD_CAP_OF_ONE_EXPERT / topology.slots_per_rank), MOST_LOAD_CAP)
 
 
 def objective_of(model: MoESpec, topology: Topology, options: Options) -> Objective:
@@ -255,8 +268,8 @@ def _require_feasible(problem: LayerProblem, layer_id: int) -> None:
         )
 
 
-def _to_json(options: Options) -> dict[str, Any]:
+def _to_json(options: Options, topology: Topology) -> dict[str, Any]:
     value = asdict(options)
-    value["load_cap"] = options.load_cap or DEFAULT_LOAD_CAP
+    value["load_cap"] = options.load_cap or default_load_cap(topology)
     value.pop("seed")
     return value

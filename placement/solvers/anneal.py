@@ -53,7 +53,10 @@ def search_copies(problem: LayerProblem, slots: Slots, rng: np.random.Generator,
     shape = (topology.num_nodes, topology.ranks_per_node, topology.slots_per_rank)
     tokens, weights = prepare(_mixed(problem.drawn(MAX_SETS, rng), rng)), weights_of(problem)
     balanced = _served(tokens, _room_for_copies(load_only(problem, rng), problem), shape)
-    load_cap = min(problem.load_cap, max(BALANCED, float((balanced.load / tokens.mean_load).mean(axis=1).max())))
+    load_cap = min(
+        problem.load_cap,
+        max(BALANCED, float((balanced.load @ tokens.fold_shares).max() / (tokens.mean_load @ tokens.fold_shares))),
+    )
     ranks_EX = _room_for_copies(slots, problem)
     served = _served(tokens, ranks_EX, shape)
     best, best_value = slots.copy(), np.array([np.inf])
@@ -244,27 +247,33 @@ def _value(served: Served, tokens: Tokens, weights: Weights, load_cap: float, wo
     """The objective, and what load above the cap costs."""
     doublings = DOUBLINGS[-1]
     num_ranks, num_folds = served.reached.shape
-    of_fold = np.zeros(num_folds)
-    for fold in range(num_folds):
+    shares = tokens.fold_shares
+    of_fold = np.zeros(num_folds + 1)
+    mean_load = (tokens.mean_load * shares).sum()
+    for fold in range(num_folds + 1):
         reach_powers, load_powers, fan_out = 0.0, 0.0, 0.0
         for rank in range(num_ranks):
-            reach_powers += power(max(served.reached[rank, fold], 0.0), doublings)
-            load_powers += power(max(served.load[rank, fold] / tokens.mean_load[fold], 0.0), doublings)
-            fan_out += served.reached[rank, fold]
+            if fold < num_folds:
+                reached, load = served.reached[rank, fold], served.load[rank, fold] / tokens.mean_load[fold]
+            else:  # all tokens together
+                reached = (served.reached[rank] * shares).sum()
+                load = (served.load[rank] * shares).sum() / mean_load
+            reach_powers += power(max(reached, 0.0), doublings)
+            load_powers += power(max(load, 0.0), doublings)
+            fan_out += reached
         of_fold[fold] = weights.ingress * root(reach_powers, doublings) + weights.fan_out * fan_out
         of_fold[fold] += weights.load * root(load_powers, doublings)
         if weights.node_ingress > 0:
             powers = 0.0
             for node in range(len(served.node_reached)):
-                powers += power(max(served.node_reached[node, fold], 0.0), doublings)
+                node_reached = served.node_reached[node]
+                reached = node_reached[fold] if fold < num_folds else (node_reached * shares).sum()
+                powers += power(max(reached, 0.0), doublings)
             of_fold[fold] += weights.node_ingress * root(powers, doublings)
     highest = 0.0
     for rank in range(num_ranks):
-        mean = 0.0
-        for fold in range(num_folds):
-            mean += served.load[rank, fold] / tokens.mean_load[fold] / num_folds
-        highest = max(highest, mean)
-    return over_folds(of_fold, worst_fold) * (1.0 + EXCESS_COUNTS * max(highest - load_cap, 0.0))
+        highest = max(highest, (served.load[rank] * shares).sum() / mean_load)
+    return over_folds(of_fold, tokens.counts, worst_fold) * (1.0 + EXCESS_COUNTS * max(highest - load_cap, 0.0))
 
 
 @numba.njit(cache=True, nogil=True)

@@ -53,6 +53,7 @@ class LayerProblem:
             group-limited routing: whole groups with each other, and experts inside their group.
         objective: what to minimise.
         worst_fold: minimise the worst fold instead of the mean over folds.
+        together: what all tokens together count beside that mean, 0 to 1.
     """
 
     sets: npt.NDArray[np.int32]
@@ -65,6 +66,7 @@ class LayerProblem:
     num_groups: int = 1
     objective: Objective = Objective(ingress=1.0)
     worst_fold: bool = False
+    together: float = 0.0
 
     @classmethod
     def from_ids(
@@ -80,6 +82,7 @@ class LayerProblem:
         num_groups: int = 1,
         objective: Objective = Objective(ingress=1.0),
         worst_fold: bool = False,
+        together: float = 0.0,
     ) -> LayerProblem:
         """Merge tokens of a fold that picked the same experts.
 
@@ -87,7 +90,7 @@ class LayerProblem:
             ids_TK: all-ones is no expert.
             folds_T: fold of each token; one fold if None.
             weights_T: what each token counts; 1 if None.
-            num_redundant, num_groups, objective, worst_fold: as the attributes.
+            num_redundant, num_groups, objective, worst_fold, together: as the attributes.
         """
         no_expert = np.iinfo(ids_TK.dtype).max
         num_tokens = len(ids_TK)
@@ -111,6 +114,7 @@ class LayerProblem:
             num_groups,
             objective,
             worst_fold,
+            together,
         )
 
     def merged(self) -> LayerProblem:

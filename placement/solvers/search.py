@@ -18,6 +18,8 @@ from placement.placement_map import EMPTY_SLOT
 from placement.solvers.anneal import search_copies
 from placement.solvers.contract import LayerProblem, Slots, slots_of_ranks
 from placement.solvers.load import load as load_only
+from placement.solvers.metis import metis
+from placement.solvers.spectral import spectral
 from placement.solvers.swaps import Effort, improve, prepare
 from placement.topology import Topology
 
@@ -28,6 +30,9 @@ KICKS = 60
 """Rounds of the search; more gain less than one part in a hundred on recorded routing."""
 
 FEWEST_KICKS = 6
+
+MANY_KICKS = 30
+"""Rounds from which on it pays to look for other starts."""
 
 LARGE = 600_000
 """Experts times token sets of a layer from which on rounds become fewer, so that they cost about the same in all."""
@@ -41,7 +46,8 @@ def search(
 ) -> Slots:
     """Iterated local search: descend, swap a few random pairs, descend again, keep the best.
 
-    It starts from the load-only plan; with several nodes, experts are first placed on nodes, then on the ranks inside
+    It starts from the best of the load-only plan and, where there is time for many rounds, those of METIS and of
+    spectral clustering once balanced; with several nodes, experts are first placed on nodes, then on the ranks inside
     each, then on all ranks together.  No rank's load exceeds `load_cap` times the mean, or the load-only plan's largest
     where that is higher.  Redundant experts are then added and everything is searched again, see `anneal.py`.
 
@@ -62,17 +68,28 @@ def place_once(problem: LayerProblem, rng: np.random.Generator, effort: Effort) 
     problem, topology = replace(problem, num_redundant=0), problem.topology
     if problem.num_groups > 1:
         return _place_groups(problem, rng, effort)
-    start = ranks_of(load_only(problem, rng), problem)
     anywhere = np.zeros(problem.num_experts, dtype=np.int64)
     few = problem.drawn(MAX_SETS, rng)
     tokens = prepare(few)
     if topology.num_nodes > 1 and topology.ranks_per_node > 1:
         start = _nodes_first(few, rng, effort.part(2))
-        start = improve(few, tokens, start, start // topology.ranks_per_node, rng, effort.part(2))
-    start = improve(few, tokens, start, anywhere, rng, effort)
+        starts = [improve(few, tokens, [start], start // topology.ranks_per_node, rng, effort.part(2))]
+    else:
+        starts = [ranks_of(load_only(problem, rng), problem)]
+        if effort.num_kicks >= MANY_KICKS and topology.num_ranks > 1:
+            starts += [_balanced(few, ranks_of(seed(few, rng), few), rng) for seed in (metis, spectral)]
+    start = improve(few, tokens, starts, anywhere, rng, effort)
     if few is problem:
         return start
-    return improve(problem, prepare(problem), start, anywhere, rng, replace(effort, num_kicks=0))
+    return improve(problem, prepare(problem), [start], anywhere, rng, replace(effort, num_kicks=0))
+
+
+def _balanced(problem: LayerProblem, rank_of: Ints, rng: np.random.Generator) -> Ints:
+    """Swap the experts of a plan that knows nothing of load until load, counting most, leaves it no better swap."""
+    heavy = replace(problem.objective, load=max(8 * problem.objective.load, problem.objective.ingress))
+    problem = replace(problem, objective=heavy)
+    anywhere = np.zeros(problem.num_experts, dtype=np.int64)
+    return improve(problem, prepare(problem), [rank_of], anywhere, rng, Effort(0, math.inf))
 
 
 def ranks_of(slots: Slots, problem: LayerProblem) -> Ints:
@@ -93,7 +110,7 @@ def _nodes_first(problem: LayerProblem, rng: np.random.Generator, effort: Effort
         objective=replace(weights, ingress=weights.ingress + weights.node_ingress, node_ingress=0.0),
     )
     start = ranks_of(load_only(coarse, rng), coarse)
-    node_of = improve(coarse, prepare(coarse), start, np.zeros(problem.num_experts, dtype=np.int64), rng, effort)
+    node_of = improve(coarse, prepare(coarse), [start], np.zeros(problem.num_experts, dtype=np.int64), rng, effort)
     rank_of = np.empty(problem.num_experts, dtype=np.int64)
     for node in range(nodes):
         rank_load, free = np.zeros(per_node), np.full(per_node, problem.slots_per_rank)
@@ -137,4 +154,4 @@ def _place_groups(problem: LayerProblem, rng: np.random.Generator, effort: Effor
     rank_of = (position[group_of] * size + np.arange(problem.num_experts) % size) // problem.slots_per_rank
     if problem.slots_per_rank % size == 0:
         return rank_of
-    return improve(problem, prepare(problem), rank_of, group_of, rng, effort)
+    return improve(problem, prepare(problem), [rank_of], group_of, rng, effort)

@@ -54,13 +54,15 @@ class Tokens(NamedTuple):
     first_row: Ints  # (E + 1,) where each expert's rows start
     picked: Floats  # (E, F) share of the fold's tokens that pick the expert
     mean_load: Floats  # (F,) of a rank, in the same unit
+    fold_shares: Floats  # (F,) of all tokens
+    counts: Floats  # (F + 1,) what each fold, and last all tokens together, count in the objective
     coactivation: Floats  # (E, E) share of all co-activated pairs
 
 
 class Level(NamedTuple):
     """Tallies for one kind of place, C places, float64, in shares of each fold's tokens."""
 
-    reached: Floats  # (C, F)
+    reached: Floats  # (C, F + 1), last of all tokens
     lone: Floats  # (E, F)
     both: Floats  # (E, E, F)
     touched: Floats  # (C, E, F)
@@ -109,23 +111,30 @@ def prepare(problem: LayerProblem) -> Tokens:
         first_row=np.concatenate([[0], np.cumsum(held)]),
         picked=picked,
         mean_load=np.maximum(picked.sum(axis=0) / problem.num_ranks, 1e-300),
+        fold_shares=fold_weight / max(fold_weight.sum(), 1e-300),
+        counts=np.append(np.full(num_folds, (1 - problem.together) / num_folds), problem.together),
         coactivation=problem.coactivation / pairs if pairs else np.zeros((problem.num_experts, problem.num_experts)),
     )
 
 
 def improve(
-    problem: LayerProblem, tokens: Tokens, start: Ints, zone_of: Ints, rng: np.random.Generator, effort: Effort
+    problem: LayerProblem, tokens: Tokens, starts: list[Ints], zone_of: Ints, rng: np.random.Generator, effort: Effort
 ) -> Ints:
-    """The best plan found from `start` by descents and kicks; only experts of one zone change places."""
+    """The best plan found by a descent from each start, then by kicks; only experts of one zone change places.
+
+    Starts that break the load cap by more than the first are passed over.
+    """
     topology, weights = problem.topology, weights_of(problem)
     load = problem.expert_load
-    rank_load = np.bincount(start, load, minlength=topology.num_ranks)
-    limit = max(problem.load_cap * rank_load.mean(), rank_load.max()) * (1 + 1e-12)
-    best, best_value = start, np.inf
-    for kick in range(effort.num_kicks + 1):
-        if time.monotonic() > effort.deadline and kick:
+    highest = [np.bincount(start, load, minlength=topology.num_ranks).max() for start in starts]
+    limit = max(problem.load_cap * load.sum() / topology.num_ranks, highest[0]) * (1 + 1e-12)
+    starts = [start for start, most in zip(starts, highest, strict=True) if most <= limit]
+    best, best_value = starts[0], np.inf
+    for attempt in range(len(starts) + effort.num_kicks):
+        kick = attempt >= len(starts)
+        if time.monotonic() > effort.deadline and attempt:
             break
-        rank_of = best.copy()
+        rank_of = best.copy() if kick else starts[attempt].copy()
         if kick:
             _kick(rank_of, load, zone_of, limit, topology.num_ranks, rng)
         for doublings in DOUBLINGS:
@@ -193,6 +202,7 @@ def _tally(
     experts: npt.NDArray[np.int32],
     fold: int,
     share: float,
+    share_of_all: float,
     place_of: Ints,
     counted: npt.NDArray[np.bool_],
     seen: Ints,
@@ -210,6 +220,7 @@ def _tally(
             if not counted[place]:
                 continue
             level.reached[place, fold] += share
+            level.reached[place, -1] += share_of_all
             for other in experts:
                 if other >= 0:
                     level.touched[place, other, fold] += share
@@ -223,11 +234,21 @@ def _tally(
 @numba.njit(cache=True, nogil=True)
 def _new_level(num_places: int, num_experts: int, num_folds: int) -> Level:
     return Level(
-        np.zeros((num_places, num_folds)),
+        np.zeros((num_places, num_folds + 1)),
         np.zeros((num_experts, num_folds)),
         np.zeros((num_experts, num_experts, num_folds)),
         np.zeros((num_places, num_experts, num_folds)),
     )
+
+
+@numba.njit(cache=True, nogil=True)
+def _with_all(values: Floats, fold_shares: Floats) -> Floats:
+    """A last column of the sum of the others by their shares."""
+    out = np.zeros((values.shape[0], values.shape[1] + 1))
+    for fold in range(values.shape[1]):
+        out[:, fold] = values[:, fold]
+        out[:, -1] += values[:, fold] * fold_shares[fold]
+    return out
 
 
 @numba.njit(cache=True, nogil=True)
@@ -246,12 +267,14 @@ def _joined(level: Level, picked: Floats, a: int, place: int, fold: int) -> floa
 
 
 @numba.njit(cache=True, nogil=True)
-def over_folds(values: Floats, worst_fold: bool) -> float:
-    """The mean over folds, or a smooth maximum."""
-    if not worst_fold:
-        return float(values.mean())
+def over_folds(values: Floats, counts: Floats, worst_fold: bool) -> float:
+    """The weighted mean over folds and all tokens together, the last value, or a smooth maximum over folds."""
     total = 0.0
-    for value in values:
+    if not worst_fold:
+        for fold in range(len(values)):
+            total += counts[fold] * values[fold]
+        return total
+    for value in values[:-1]:
         total += power(value, 4)
     return root(total, 4)
 
@@ -287,28 +310,36 @@ def descend(
     seen = np.zeros(num_ranks, np.int64)
     at_rank, at_node = np.ones(num_ranks, np.bool_), np.ones(num_nodes, np.bool_)
     for row in range(len(tokens.sets)):
-        _tally(tokens.sets[row], tokens.folds[row], tokens.shares[row], rank_of, at_rank, seen, ranks)
+        fold, share = tokens.folds[row], tokens.shares[row]
+        of_all = share * tokens.fold_shares[fold]
+        _tally(tokens.sets[row], fold, share, of_all, rank_of, at_rank, seen, ranks)
         if by_node:
-            _tally(tokens.sets[row], tokens.folds[row], tokens.shares[row], node_of, at_node, seen, nodes)
-    rank_load, fold_load, count = np.zeros(num_ranks), np.zeros((num_ranks, num_folds)), np.zeros(num_ranks, np.int64)
+            _tally(tokens.sets[row], fold, share, of_all, node_of, at_node, seen, nodes)
+    # The last column, of all tokens together, is the folds' by their shares.
+    picked, mean_load = _with_all(tokens.picked, tokens.fold_shares), np.empty(num_folds + 1)
+    mean_load[:num_folds] = tokens.mean_load
+    mean_load[num_folds] = (tokens.mean_load * tokens.fold_shares).sum()
+    parts = num_folds + (1 if tokens.counts[num_folds] > 0 else 0)
+    rank_load, count = np.zeros(num_ranks), np.zeros(num_ranks, np.int64)
+    fold_load = np.zeros((num_ranks, num_folds + 1))
     affinity = np.zeros((num_experts, num_ranks))
     for expert in range(num_experts):
         rank_load[rank_of[expert]] += load[expert]
         count[rank_of[expert]] += 1
-        fold_load[rank_of[expert]] += tokens.picked[expert] / tokens.mean_load
+        fold_load[rank_of[expert]] += picked[expert] / mean_load
         if weights.collaboration > 0:
             affinity[:, rank_of[expert]] += tokens.coactivation[:, expert]
-    reach_powers, node_powers, load_powers = np.zeros(num_folds), np.zeros(num_folds), np.zeros(num_folds)
-    reach_norm, node_norm, load_norm = np.zeros(num_folds), np.zeros(num_folds), np.zeros(num_folds)
-    new_reach, new_node, new_load = np.zeros(num_folds), np.zeros(num_folds), np.zeros(num_folds)
-    fan_out, trial = np.zeros(num_folds), np.empty(num_folds)
-    new_fan_out = np.zeros(num_folds)
+    # For each fold, and last for all tokens: sums of powers and norms as they are, and powers after a swap.
+    reach_powers, node_powers, load_powers = np.zeros(parts), np.zeros(parts), np.zeros(parts)
+    reach_norm, node_norm, load_norm = np.zeros(parts), np.zeros(parts), np.zeros(parts)
+    new_reach, new_node, new_load = np.zeros(parts), np.zeros(parts), np.zeros(parts)
+    fan_out, new_fan_out, trial = np.zeros(parts), np.zeros(parts), np.zeros(num_folds + 1)
     value = 0.0
     quiet, turn = 0, 0
     stale = True
     while quiet < num_experts:
         if stale:
-            for fold in range(num_folds):
+            for fold in range(parts):
                 reach_powers[fold], node_powers[fold], load_powers[fold], fan_out[fold] = 0.0, 0.0, 0.0, 0.0
                 for rank in range(num_ranks):
                     reach_powers[fold] += power(ranks.reached[rank, fold], doublings)
@@ -323,7 +354,7 @@ def descend(
                 load_norm[fold] = weights.load * root(load_powers[fold], doublings)
                 node_norm[fold] = weights.node_ingress * root(node_powers[fold], doublings) if by_node else 0.0
                 trial[fold] = reach_norm[fold] + load_norm[fold] + node_norm[fold] + weights.fan_out * fan_out[fold]
-            value = over_folds(trial, worst_fold)
+            value = over_folds(trial, tokens.counts, worst_fold)
             stale = False
         a = order[turn % num_experts]
         turn += 1
@@ -344,46 +375,52 @@ def descend(
                 gain = affinity[a, s] - affinity[a, r]
                 if b >= 0:
                     gain += affinity[b, r] - affinity[b, s] - 2 * tokens.coactivation[a, b]
-            at_least = 0.0
-            for fold in range(num_folds):
-                new_r = _after(ranks, tokens.picked, a, b, r, fold)
-                if b >= 0:
-                    new_s = _after(ranks, tokens.picked, b, a, s, fold)
-                else:
-                    new_s = _joined(ranks, tokens.picked, a, s, fold)
+            u, v = r // ranks_per_node, s // ranks_per_node
+            at_least, to_r, to_s, to_u, to_v = 0.0, 0.0, 0.0, 0.0, 0.0
+            for fold in range(parts):
+                counted = tokens.counts[fold]
                 old_r, old_s = ranks.reached[r, fold], ranks.reached[s, fold]
+                if fold < num_folds:
+                    new_r = _after(ranks, picked, a, b, r, fold)
+                    new_s = _after(ranks, picked, b, a, s, fold) if b >= 0 else _joined(ranks, picked, a, s, fold)
+                    to_r += tokens.fold_shares[fold] * new_r
+                    to_s += tokens.fold_shares[fold] * new_s
+                else:
+                    new_r, new_s = to_r, to_s
                 if weights.ingress > 0:
                     change = power(new_r, doublings) + power(new_s, doublings)
                     change -= power(old_r, doublings) + power(old_s, doublings)
                     new_reach[fold] = reach_powers[fold] + change
-                    at_least += reach_norm[fold] * root_at_least(change / reach_powers[fold], doublings)
+                    at_least += counted * reach_norm[fold] * root_at_least(change / reach_powers[fold], doublings)
                 if weights.fan_out > 0:
                     new_fan_out[fold] = fan_out[fold] + new_r + new_s - old_r - old_s
-                    at_least += weights.fan_out * new_fan_out[fold]
+                    at_least += counted * weights.fan_out * new_fan_out[fold]
                 if weights.load > 0:
-                    gained = tokens.picked[b, fold] if b >= 0 else 0.0
-                    gained = (gained - tokens.picked[a, fold]) / tokens.mean_load[fold]
+                    gained = ((picked[b, fold] if b >= 0 else 0.0) - picked[a, fold]) / mean_load[fold]
                     old_r, old_s = fold_load[r, fold], fold_load[s, fold]
                     change = power(old_r + gained, doublings) + power(old_s - gained, doublings)
                     change -= power(old_r, doublings) + power(old_s, doublings)
                     new_load[fold] = load_powers[fold] + change
-                    at_least += load_norm[fold] * root_at_least(change / load_powers[fold], doublings)
+                    at_least += counted * load_norm[fold] * root_at_least(change / load_powers[fold], doublings)
                 if by_node:
-                    u, v = r // ranks_per_node, s // ranks_per_node
                     change = 0.0
                     if u != v:
-                        new_u = _after(nodes, tokens.picked, a, b, u, fold)
-                        if b >= 0:
-                            new_v = _after(nodes, tokens.picked, b, a, v, fold)
+                        if fold < num_folds:
+                            new_u = _after(nodes, picked, a, b, u, fold)
+                            new_v = (
+                                _after(nodes, picked, b, a, v, fold) if b >= 0 else _joined(nodes, picked, a, v, fold)
+                            )
+                            to_u += tokens.fold_shares[fold] * new_u
+                            to_v += tokens.fold_shares[fold] * new_v
                         else:
-                            new_v = _joined(nodes, tokens.picked, a, v, fold)
+                            new_u, new_v = to_u, to_v
                         change = power(new_u, doublings) + power(new_v, doublings)
                         change -= power(nodes.reached[u, fold], doublings) + power(nodes.reached[v, fold], doublings)
                     new_node[fold] = node_powers[fold] + change
-                    at_least += node_norm[fold] * root_at_least(change / node_powers[fold], doublings)
-            if not worst_fold and at_least / num_folds - weights.collaboration * gain >= best:
+                    at_least += counted * node_norm[fold] * root_at_least(change / node_powers[fold], doublings)
+            if not worst_fold and at_least - weights.collaboration * gain >= best:
                 continue
-            for fold in range(num_folds):
+            for fold in range(parts):
                 trial[fold] = weights.fan_out * new_fan_out[fold]
                 if weights.ingress > 0:
                     trial[fold] += weights.ingress * root(max(new_reach[fold], 0.0), doublings)
@@ -391,7 +428,7 @@ def descend(
                     trial[fold] += weights.load * root(max(new_load[fold], 0.0), doublings)
                 if by_node:
                     trial[fold] += weights.node_ingress * root(max(new_node[fold], 0.0), doublings)
-            found = over_folds(trial, worst_fold) - weights.collaboration * gain
+            found = over_folds(trial, tokens.counts, worst_fold) - weights.collaboration * gain
             if found < best:
                 best, best_b, best_s = found, b, s
         if best_s < 0:
@@ -410,9 +447,11 @@ def descend(
                     experts = tokens.sets[row]
                     if expert == b and _holds(experts, a):
                         continue  # sets with both are tallied once
-                    _tally(experts, tokens.folds[row], sign * tokens.shares[row], rank_of, at_rank, seen, ranks)
+                    fold, share = tokens.folds[row], sign * tokens.shares[row]
+                    of_all = share * tokens.fold_shares[fold]
+                    _tally(experts, fold, share, of_all, rank_of, at_rank, seen, ranks)
                     if by_node:
-                        _tally(experts, tokens.folds[row], sign * tokens.shares[row], node_of, at_node, seen, nodes)
+                        _tally(experts, fold, share, of_all, node_of, at_node, seen, nodes)
             if sign < 0:
                 rank_of[a], node_of[a] = s, s // ranks_per_node
                 if b >= 0:
@@ -423,8 +462,8 @@ def descend(
         if b < 0:
             count[r] -= 1
             count[s] += 1
-        for fold in range(num_folds):
-            change = ((tokens.picked[b, fold] if b >= 0 else 0.0) - tokens.picked[a, fold]) / tokens.mean_load[fold]
+        for fold in range(num_folds + 1):
+            change = ((picked[b, fold] if b >= 0 else 0.0) - picked[a, fold]) / mean_load[fold]
             fold_load[r, fold] += change
             fold_load[s, fold] -= change
         if weights.collaboration > 0:

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from profiler.errors import CoterieError
+from profiler.errors import CoterieError, first_line
 from profiler.importers.known import Known
 from profiler.profile import Profile
 from profiler.spec import MAX_EXPERTS
@@ -61,8 +61,7 @@ def _load(path: Path) -> dict[str, npt.NDArray[Any]]:
     except FileNotFoundError:
         raise CoterieError(f"{path}: no such file; give a .npz or .npy file") from None
     except Exception as error:  # numpy parses headers as Python, and so fails in all ways that Python can
-        reason = str(error).partition("\n")[0][:150]
-        raise CoterieError(f"{path}: not readable as .npz or .npy, or truncated ({reason})") from error
+        raise CoterieError(f"{path}: not readable as .npz or .npy, or truncated ({first_line(error)})") from error
 
 
 def _to_profile(arrays: Mapping[str, npt.NDArray[Any]], known: Known, decode: bool, path: Path) -> Profile:
@@ -75,13 +74,15 @@ def _to_profile(arrays: Mapping[str, npt.NDArray[Any]], known: Known, decode: bo
         )
     num_tokens, num_layers, top_k = ids_TLK.shape
     highest = int(ids_TLK.max())
-    num_experts = int(arrays["num_experts"]) if "num_experts" in arrays else known.num_experts
-    num_experts = highest + 1 if num_experts is None else num_experts
+    said = int(_whole(arrays, "num_experts", ())) if "num_experts" in arrays else known.num_experts
+    num_experts = highest + 1 if said is None else said
     if not 1 <= num_experts <= MAX_EXPERTS:
         raise CoterieError(f"num_experts {num_experts}: must be between 1 and {MAX_EXPERTS}")
-    layer_ids = [int(layer) for layer in arrays.get("layer_ids", known.layer_ids or range(num_layers))]
+    layer_ids = list(known.layer_ids or range(num_layers))
+    if "layer_ids" in arrays:
+        layer_ids = _whole(arrays, "layer_ids", (num_layers,)).tolist()
     if len(layer_ids) != num_layers:
-        raise CoterieError(f"layer_ids has {len(layer_ids)} layers, topk_ids {num_layers}; they must agree")
+        raise CoterieError(f"{len(layer_ids)} layers are given, topk_ids has {num_layers}; they must agree")
     spec = known.to_spec(path.stem, layer_ids, top_k, num_experts)
     if list(spec.layer_ids) != layer_ids:
         raise CoterieError(f"layer_ids {layer_ids}: must be distinct layer numbers, ascending")
@@ -96,38 +97,70 @@ def _to_profile(arrays: Mapping[str, npt.NDArray[Any]], known: Known, decode: bo
             worst = int(ids_TK[~none].max())
             raise CoterieError(f"topk_ids of layer {layer_id}: expert {worst}, must be below {num_experts}")
         ids_LTK[layer] = np.where(none, no_expert, ids_TK)
-    domains = [str(domain) for domain in arrays.get("domain_names", [])]
+    domains = _names(arrays)
     domain_ids = _column(arrays, "domain_ids", num_tokens, 0, MAX_DOMAINS - 1).astype(np.uint8)
     domains += [f"domain {number}" for number in range(len(domains), int(domain_ids.max()) + 1)]
-    weights = arrays.get("topk_weights")
-    if weights is not None and weights.shape != ids_TLK.shape:
-        raise CoterieError(f"topk_weights {weights.shape}: must have the shape of topk_ids, {ids_TLK.shape}")
-    if weights is not None and not np.isfinite(weights).all():
-        layer = int(np.nonzero(~np.isfinite(weights).all(axis=(0, 2)))[0][0])
-        raise CoterieError(f"topk_weights of layer {spec.layer_ids[layer]}: not finite; the router's output is broken")
+    if len(set(domains)) < len(domains):
+        raise CoterieError(f"domain_names {domains}: must differ")
     trace = TokenTrace(
         topk_ids=ids_LTK,
         sequence_ids=_column(arrays, "sequence_ids", num_tokens, 0, np.iinfo(np.int32).max).astype(np.int32),
         domain_ids=domain_ids,
         phase=_column(arrays, "phase", num_tokens, DECODE if decode else PREFILL, DECODE).astype(np.uint8),
-        topk_weights=None if weights is None else np.ascontiguousarray(weights.transpose(1, 0, 2)).astype(np.float16),
+        topk_weights=_weights(arrays, ids_TLK.shape, spec.layer_ids),
     )
     trace.require(spec, len(domains))
     dummy = RowSketch.empty().add(trace.row_hashes()).dummy_tokens(spec, num_tokens)
-    provenance = {"imported_from": path.name, "format": "numpy", **({"dummy_tokens": dummy} if dummy else {})}
+    provenance: dict[str, Any] = {"imported_from": path.name, "format": "numpy"}
+    if said is None:
+        provenance["num_experts_from"] = "the highest id"
+    if dummy:
+        provenance["dummy_tokens"] = dummy
     return Profile.from_tokens(spec, domains, trace, provenance)
+
+
+def _whole(arrays: Mapping[str, npt.NDArray[Any]], name: str, shape: tuple[int, ...]) -> npt.NDArray[Any]:
+    array = arrays[name]
+    if array.shape != shape or not np.issubdtype(array.dtype, np.integer):
+        raise CoterieError(f"{name} is {array.dtype} {array.shape}: must be whole numbers {shape}")
+    return array
 
 
 def _column(
     arrays: Mapping[str, npt.NDArray[Any]], name: str, num_tokens: int, default: int, highest: int
 ) -> npt.NDArray[Any]:
     """One number a token, `default` where the file has none."""
-    column = arrays.get(name)
-    if column is None:
+    if name not in arrays:
         return np.full(num_tokens, default)
-    if column.shape != (num_tokens,) or not np.issubdtype(column.dtype, np.integer):
-        raise CoterieError(f"{name} is {column.dtype} {column.shape}: must be whole numbers ({num_tokens},)")
+    column = _whole(arrays, name, (num_tokens,))
     if column.min() < 0 or column.max() > highest:
         worst = int(column.min()) if column.min() < 0 else int(column.max())
         raise CoterieError(f"{name}: {worst}, must be between 0 and {highest}")
     return column
+
+
+def _names(arrays: Mapping[str, npt.NDArray[Any]]) -> list[str]:
+    """Of domains, as far as the file has them."""
+    names = arrays.get("domain_names", np.empty(0, dtype=np.str_))
+    if names.ndim != 1 or not np.issubdtype(names.dtype, np.str_) or len(names) > MAX_DOMAINS:
+        raise CoterieError(
+            f"domain_names is {names.dtype} {names.shape}: must be texts in one dimension, at most {MAX_DOMAINS}"
+        )
+    return [str(name) for name in names]
+
+
+def _weights(
+    arrays: Mapping[str, npt.NDArray[Any]], shape: tuple[int, ...], layer_ids: tuple[int, ...]
+) -> npt.NDArray[np.float16] | None:
+    weights = arrays.get("topk_weights")
+    if weights is None:
+        return None
+    if weights.shape != shape or not np.issubdtype(weights.dtype, np.floating):
+        found = f"{weights.dtype} {weights.shape}"
+        raise CoterieError(f"topk_weights is {found}: must be floats of the shape of topk_ids, {shape}")
+    with np.errstate(over="ignore"):
+        narrowed = np.ascontiguousarray(weights.transpose(1, 0, 2)).astype(np.float16)
+    broken = np.flatnonzero(~np.isfinite(narrowed).all(axis=(1, 2)))
+    if len(broken):
+        raise CoterieError(f"topk_weights of layer {layer_ids[broken[0]]}: not finite; the router's output is broken")
+    return narrowed

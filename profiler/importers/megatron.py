@@ -57,11 +57,13 @@ def read_megatron(
     if not paths:
         raise CoterieError(f"{folder}: holds no router_trace_rank0.jsonl; give the --moe-routing-trace-path of the run")
     layers: set[int] = set()
+    layers_of: dict[Path, set[int]] = {}
     top_k, highest, num_mtp, first = 0, -1, 0, ""
     for path in paths:
         for step in _steps(path):
             num_mtp += step.num_mtp
             layers |= step.calls.keys()
+            layers_of.setdefault(path, set()).update(step.calls)
             for layer, calls in step.calls.items():
                 for ids_TK in calls:
                     top_k, first = (top_k, first) if top_k else (ids_TK.shape[1], path.name)
@@ -71,6 +73,12 @@ def read_megatron(
                             "two models; import them apart"
                         )
                     highest = max(highest, int(ids_TK.max(initial=-1)))
+    for path, own in layers_of.items():
+        if own and own != layers:
+            raise CoterieError(
+                f"{path}: has {len(own)} layers, all ranks together {len(layers)}: recordings of two models, or of "
+                "several pipeline stages; record one model with one stage"
+            )
     if highest < 0:
         raise CoterieError(f"{folder}: no token is recorded; run Megatron with --cuda-graph-impl none")
     model = known.to_spec(folder.name, layers, top_k, None, highest)

@@ -19,6 +19,7 @@ import numpy.typing as npt
 from profiler.errors import CoterieError
 from profiler.importers.known import Known
 from profiler.importers.recording import Recording, narrow
+from profiler.spec import UNNAMED
 from profiler.trace import DECODE, PREFILL, TokenTrace
 
 Ids = npt.NDArray[np.int64]
@@ -100,7 +101,7 @@ def read_responses(
     recorded = list(known.layer_ids or range(num_hidden_layers)) if top_k == 1 else np.flatnonzero(used).tolist()
     if not recorded or recorded[-1] >= num_hidden_layers:
         raise CoterieError(f"{first}: {num_hidden_layers} layers, no such layer as the model's; give the one recorded")
-    model = known.to_spec("unknown", recorded, top_k, None, highest)
+    model = known.to_spec(UNNAMED, recorded, top_k, None, highest)
     provenance: dict[str, Any] = {"imported_from": [file.name for file in files], "format": kind}
     if known.num_experts is None:
         provenance["num_experts_from"] = "the highest id"

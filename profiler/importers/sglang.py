@@ -39,6 +39,7 @@ from profiler.importers.sglang_records import (
     to_trace,
     whole_numbers,
 )
+from profiler.spec import UNNAMED
 from profiler.trace import TokenTrace
 
 TO_GET_TOKENS = "record them with SGLang's --expert-distribution-recorder-mode per_token"
@@ -117,7 +118,7 @@ def _of_passes(
         raise CoterieError("no token was counted besides warm-up: record while requests are served")
     if dummies:
         provenance["dummy_tokens_dropped"] = dummies
-    model = known.to_spec("unknown", layer_ids, top_k, load_LE.shape[1])
+    model = known.to_spec(UNNAMED, layer_ids, top_k, load_LE.shape[1])
     sums = load_LE[layer_ids].sum(axis=1)
     if len(set(sums.tolist())) > 1:
         provenance["approximate"] = f"layers count from {sums.min()} to {sums.max()} picks; stat_approx rounds"
@@ -144,14 +145,18 @@ def _read_passes(records: list[Record], known: Known, domain: str, provenance: d
 def _read_tokens(records: list[Record], known: Known, domain: str, provenance: dict[str, Any]) -> Recording:
     if not records:
         raise CoterieError("no token was recorded: send requests between start and dump")
-    layers, top_k = np.zeros(len(records[0].logical_of_slot), dtype=np.bool_), 0
+    layers = np.zeros(len(records[0].logical_of_slot), dtype=np.bool_)
+    top_ks: dict[Path, int] = {}
     for record in records:
         picked = record.logical_ids() >= 0
         layers |= picked.any(axis=(1, 2))
-        top_k = max(top_k, int(picked.sum(axis=2).max(initial=0)))
-    if top_k == 0:
+        top_ks[record.path] = max(top_ks.get(record.path, 0), int(picked.sum(axis=2).max(initial=0)))
+    recorded = {path: top_k for path, top_k in top_ks.items() if top_k}  # a rank may have had no token of its own
+    if not recorded:
         raise CoterieError(f"{records[0].path}: no token picked an expert; record while requests are served")
-    model = known.to_spec("unknown", np.flatnonzero(layers).tolist(), top_k, int(records[0].logical_of_slot.max()) + 1)
+    require_alike(recorded, "top-k")
+    top_k = next(iter(recorded.values()))
+    model = known.to_spec(UNNAMED, np.flatnonzero(layers).tolist(), top_k, int(records[0].logical_of_slot.max()) + 1)
     provenance |= {"format": "sglang per_token"}
 
     def traces() -> Iterator[TokenTrace]:

@@ -16,6 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from profiler.errors import CoterieError
+from profiler.files import read_pt
 from profiler.importers.recording import narrow
 from profiler.spec import MoESpec
 from profiler.trace import DECODE, PREFILL, TokenTrace
@@ -31,14 +32,7 @@ def load_recording(path: Path) -> dict[str, Any]:
     Raises:
         CoterieError: it cannot be read without running code, or is no object.
     """
-    import torch
-
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except Exception as error:  # what loading a broken file raises is any library's choice
-        text = str(error).strip() or type(error).__name__
-        reason = "it holds code, not only tensors" if "Weights only load failed" in text else text.splitlines()[0][:150]
-        raise CoterieError(f"{path}: refused, truncated or no .pt file of SGLang ({reason}); record again") from error
+    content = read_pt(path)
     if not isinstance(content, dict):
         raise CoterieError(
             f"{path}: holds a {type(content).__name__}, SGLang's recorder writes an object; record again"
@@ -75,8 +69,10 @@ def whole_numbers(path: Path, name: str, tensor: Any, ndim: int) -> npt.NDArray[
     """
     import torch
 
-    if not isinstance(tensor, torch.Tensor):
-        raise CoterieError(f"{path}: {name} is no tensor; record again")
+    if not isinstance(tensor, torch.Tensor) or tensor.layout != torch.strided or tensor.device.type != "cpu":
+        raise CoterieError(f"{path}: {name} is no plain tensor; record again")
+    if tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
+        raise CoterieError(f"{path}: {name} {tuple(tensor.shape)} is larger than what the file holds; record again")
     if tensor.is_floating_point() and bool(tensor.isnan().any()):
         raise CoterieError(f"{path}: {name} holds NaN, must be counts; the recording is broken, record again")
     if tensor.is_floating_point() or tensor.is_complex() or tensor.dtype == torch.bool or tensor.ndim != ndim:
@@ -170,10 +166,8 @@ def read_records(path: Path, content: dict[str, Any], map_LP: Any, kind: str) ->
             pass_id, rank = int(record["forward_pass_id"]), int(record["rank"])
             batch, positions, lengths, mode = b"", np.empty(0, dtype=np.int32), None, 0
             if kind == "per_token":
-                if not isinstance(record["input_ids"], list) or not isinstance(record["positions"], list):
-                    raise TypeError("input_ids and positions must be lists")
-                input_ids = np.array(record["input_ids"], dtype=np.int64)
-                positions, mode = np.array(record["positions"], dtype=np.int32), int(record["forward_mode"])
+                input_ids = _list_of_numbers(record["input_ids"]).astype(np.int64)
+                positions, mode = _list_of_numbers(record["positions"]).astype(np.int32), int(record["forward_mode"])
                 lengths = None if record["extend_seq_lens"] is None else [int(n) for n in record["extend_seq_lens"]]
                 batch = hashlib.sha256(input_ids.tobytes() + b"|" + positions.tobytes()).digest()
                 if positions.ndim == 2:  # three rows where positions have three axes (multimodal rotary)
@@ -188,6 +182,13 @@ def read_records(path: Path, content: dict[str, Any], map_LP: Any, kind: str) ->
             raise CoterieError(
                 f"{path}: record {number} is no {kind} record of SGLang ({type(error).__name__}: {error}); record again"
             ) from error
+
+
+def _list_of_numbers(value: Any) -> npt.NDArray[Any]:
+    array = np.array(value) if isinstance(value, list) else None
+    if array is None or (array.size and not np.issubdtype(array.dtype, np.integer)):
+        raise TypeError("input_ids and positions must be lists of whole numbers")
+    return array
 
 
 def merge_pass(records: list[Record]) -> tuple[list[tuple[Record, Ids]], int]:

@@ -22,6 +22,7 @@ from safetensors import SafetensorError, safe_open
 from profiler.errors import CoterieError
 from profiler.files import read_json
 from profiler.importers.known import Known
+from profiler.importers.load_balancer import LoadBalancer
 from profiler.importers.recording import Recording, count_passes, narrow, of_loads
 from profiler.spec import MoESpec
 from profiler.trace import DECODE, PREFILL, TokenTrace
@@ -156,29 +157,13 @@ def _assignments(
                 "was on; give its YAML file with --load-balancer"
             )
         return np.tile(np.arange(num_slots), (len(layers), 1)), num_slots
-    import yaml  # type: ignore[import-untyped, unused-ignore]  # comes with transformers
-
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-        rows = content["initial_global_assignments"]
-        table = np.array([rows[layer] for layer in layers])
-    except FileNotFoundError:
-        raise CoterieError(f"{path}: no such file; give the load balancer's YAML file") from None
-    except (OSError, yaml.YAMLError, KeyError, TypeError, ValueError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise CoterieError(
-            f"{path}: has no initial_global_assignments for all of layers {layers[0]} to {layers[-1]} ({reason})"
-        ) from error
-    if table.shape != (len(layers), num_slots) or not np.issubdtype(table.dtype, np.integer) or table.min() < 0:
-        raise CoterieError(
-            f"{path}: assignments {table.shape}, must be {num_slots} experts for each of {len(layers)} layers"
-        )
-    if content.get("layer_updates_per_iter", 0):
+    balancer = LoadBalancer.read(path)
+    table = np.array(balancer.rows(path, layers))
+    if balancer.num_slots != num_slots:
+        raise CoterieError(f"{path}: {balancer.num_slots} slots, {num_slots} are recorded; give the one recorded with")
+    if balancer.moves:
         raise CoterieError(f"{path}: layer_updates_per_iter moved experts while recording; record with 0")
-    num_experts = int(table.max()) + 1
-    if num_experts > num_slots:
-        raise CoterieError(f"{path}: expert {num_experts - 1}, must be below {num_slots}, the slots")
-    return table.astype(np.int64), num_experts
+    return table.astype(np.int64), int(table.max()) + 1
 
 
 def _all_there(raw: list[Path], counts: list[Path], keys: Mapping[Path, set[Key]]) -> bool:

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from profiler.errors import CoterieError
+from profiler.errors import CoterieError, first_line
 from profiler.importers.known import Known
 from profiler.importers.recording import Recording, find_files
 from profiler.importers.responses import EncodedIds, read_responses
@@ -40,8 +40,9 @@ def _decode(encoded: EncodedIds, known: Known) -> npt.NDArray[np.int64]:
     try:
         ids = np.load(io.BytesIO(data), allow_pickle=False)
     except Exception as error:  # numpy parses the header as Python, and so fails in all ways that Python can
-        reason = str(error).partition("\n")[0][:150]
-        raise CoterieError(f"{encoded.where}: routed_experts is no .npy array, or truncated ({reason})") from error
+        raise CoterieError(
+            f"{encoded.where}: routed_experts is no .npy array, or truncated ({first_line(error)})"
+        ) from error
     if not isinstance(ids, np.ndarray) or ids.ndim != 3 or not np.issubdtype(ids.dtype, np.integer) or 0 in ids.shape:
         found = f"{ids.dtype} {ids.shape}" if isinstance(ids, np.ndarray) else "an archive"
         raise CoterieError(f"{encoded.where}: routed_experts is {found}, must be whole numbers (tokens, layers, top-k)")

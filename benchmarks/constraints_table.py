@@ -1,0 +1,223 @@
+"""Tables and figures of `constraints.py`: benchmarks/results/constraints.{md,json} and two pictures."""
+
+import json
+import statistics
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from matplotlib import pyplot as plt
+
+from benchmarks.constraints import MEASURED, NAMES, SEEDS, TRAINING, TUNED, WORK, name_of
+from benchmarks.record import RESULTS, circumstances
+
+METRICS = ("perplexity", "fan_out", "busiest_ingress", "imbalance_ratio")
+Runs = dict[tuple[str, int], list[dict[str, Any]]]
+
+
+def write_tables() -> None:
+    runs = _read()
+    network = json.loads((WORK / "network.json").read_text()) if (WORK / "network.json").exists() else {}
+    plain = runs["none", 0]
+    lines = [
+        "# Constrained routing: quality against traffic",
+        "",
+        f"The embedded model, 4 ranks, plans by search on calibration text, figures on 16,384 tokens of held-out text, "
+        f"mean over layers. Mean of {len(SEEDS)} seeds (least to most), which vary the plan and the order of examples. "
+        f"Fine-tuning: all weights, {TRAINING['steps']} steps of {TRAINING['batch_size']} sequences of 256 tokens of "
+        f"calibration text, peak learning rate {TRAINING['learning_rate']:g}. Change: perplexity against the model "
+        "without a constraint, before, or fine-tuned as long with the same seed, after.",
+        "",
+        _row(["constraint", "perplexity before", "change", "perplexity after", "change", *METRICS[1:]]),
+        _row(["---"] * 8),
+    ]
+    records = []
+    for (method, size), parts in sorted(runs.items(), key=lambda item: (list(NAMES).index(item[0][0]), item[0][1])):
+        cells = [name_of(method, size)]
+        for stage in ("before", "after"):
+            done = [part for part in parts if stage in part]
+            cells += [_spread([part[stage]["perplexity"] for part in done]), _spread(_changes(done, plain, stage), "%")]
+        last = "after" if all("after" in part for part in parts) else "before"
+        cells += [_spread([part[last][metric] for part in parts]) for metric in METRICS[1:]]
+        lines.append(_row(cells))
+        records += parts
+    lines += ["", "Traffic is that of the fine-tuned model where there is one.", ""]
+    lines += _equal_quality(runs, "before") + _equal_quality(runs, "after")
+    lines += _network_lines(network, runs)
+    where = circumstances()
+    lines += ["`python -m benchmarks.constraints`; " + ", ".join(f"{key} {value}" for key, value in where.items()), ""]
+    (RESULTS / "constraints.md").write_text("\n".join(lines))
+    value = {"circumstances": where, "training": TRAINING, "runs": records, "network": network}
+    (RESULTS / "constraints.json").write_text(json.dumps(value, indent=1) + "\n")
+    _draw(runs, network)
+    print("\n".join(lines))
+
+
+def _read() -> Runs:
+    runs: Runs = {}
+    for method, size in (*TUNED, *MEASURED):
+        files = [WORK / "runs" / f"{method}-{size}-{seed}.json" for seed in SEEDS]
+        parts = [json.loads(file.read_text()) for file in files if file.exists()]
+        if parts:
+            runs[method, size] = parts
+    return runs
+
+
+def _changes(parts: Sequence[dict[str, Any]], plain: Sequence[dict[str, Any]], stage: str) -> list[float]:
+    of_seed = {part["seed"]: part[stage]["perplexity"] for part in plain if stage in part}
+    return [100 * (part[stage]["perplexity"] / of_seed[part["seed"]] - 1) for part in parts if part["seed"] in of_seed]
+
+
+def _equal_quality(runs: Runs, stage: str) -> list[str]:
+    """Device-aware C2R at the perplexity of device-blind C2R, between its own measured T."""
+    lines = [
+        f"## Device-aware against device-blind C2R at the same perplexity, {stage} fine-tuning",
+        "",
+        "The fan_out that device-aware lists have at the perplexity of the blind list, interpolated between their "
+        "measured T and no constraint; of each seed, mean (least to most).",
+        "",
+        _row(["T of blind lists", "perplexity", "fan_out, blind", "fan_out, device-aware", "seeds"]),
+        _row(["---"] * 5),
+    ]
+    aware = [key for key in runs if key[0] in ("aware", "none")]
+    for method, size in sorted(key for key in runs if key[0] == "c2r"):
+        rows = []
+        for part in runs[method, size]:
+            if stage not in part:
+                continue
+            points = [
+                (other[stage]["perplexity"], other[stage]["fan_out"])
+                for key in aware
+                for other in runs[key]
+                if other["seed"] == part["seed"] and stage in other
+            ]
+            points.sort()
+            if points and points[0][0] <= part[stage]["perplexity"] <= points[-1][0]:
+                at = float(np.interp(part[stage]["perplexity"], *map(list, zip(*points, strict=True))))
+                rows.append((part[stage]["perplexity"], part[stage]["fan_out"], at))
+        if rows:
+            lines.append(_row([size, *(_spread(list(column)) for column in zip(*rows, strict=True)), len(rows)]))
+        elif any(stage in part for part in runs[method, size]):
+            lines.append(_row([size, "beyond the measured device-aware lists", "", "", 0]))
+    return [*lines, ""]
+
+
+def _network_lines(network: dict[str, Any], runs: Runs) -> list[str]:
+    if not network:
+        return ["The network was not measured (needs root).", ""]
+    lines = [
+        "## Time on a network",
+        "",
+        "Four hosts (network namespaces of one machine), links of 400 Mbit/s, 1,024 tokens a rank, the plan of seed 0, "
+        "the model before fine-tuning; median of paired runs of the slowest rank (least to most). Outputs equal the "
+        "constrained single process. MoE layers: dispatch, experts and combine. Speed-up of the MoE layers against the "
+        "plan alone, median over the runs.",
+        "",
+        _row(
+            ["map and constraint", "MB sent", "MoE layers, ms", "forward pass, ms", "speed-up", "difference of logits"]
+        ),
+        _row(["---"] * 6),
+    ]
+    alone = network[name_of("none", 0)]["layers"]
+    for name, case in network.items():
+        speed_up = statistics.median(one / this for one, this in zip(alone, case["layers"], strict=True))
+        shown = {"linear": "linear, no constraint", name_of("none", 0): "planned, no constraint"}.get(name, name)
+        lines.append(
+            _row(
+                [
+                    shown,
+                    f"{case['bytes_sent'] / 1e6:.1f}",
+                    *(_milliseconds(case[key]) for key in ("layers", "total")),
+                    f"{speed_up:.2f}",
+                    f"{case['max_difference']:.1e}",
+                ]
+            )
+        )
+    return [*lines, ""]
+
+
+def _milliseconds(seconds: Sequence[float]) -> str:
+    return f"{1e3 * statistics.median(seconds):.0f} ({1e3 * min(seconds):.0f} to {1e3 * max(seconds):.0f})"
+
+
+def _spread(values: Sequence[float], unit: str = "") -> str:
+    if not values:
+        return "-"
+    digits = 2 if unit else 3
+    sign = "+" if unit else ""
+    shown = [f"{value:{sign}.{digits}f}" for value in (statistics.mean(values), min(values), max(values))]
+    return shown[0] + unit + ("" if len(set(shown)) == 1 else f" ({shown[1]} to {shown[2]})")
+
+
+def _row(cells: Sequence[Any]) -> str:
+    return "| " + " | ".join(map(str, cells)) + " |"
+
+
+COLOURS = {"router": "#4477aa", "similarity": "#228833", "c2r": "#cc6677", "aware": "#aa3377", "none": "#444444"}
+LABELS = {
+    "router": "pruning, router-based",
+    "similarity": "pruning, similarity-based",
+    "c2r": "C2R",
+    "aware": "C2R, device-aware",
+    "none": "no constraint",
+}
+
+
+def _draw(runs: Runs, network: dict[str, Any]) -> None:
+    panels = [("before", "fan_out"), ("after", "fan_out"), ("before", "busiest_ingress"), ("after", "busiest_ingress")]
+    figure, axes = plt.subplots(2, 2, figsize=(10, 7.5), sharex="row", sharey=True)
+    for axis, (stage, metric) in zip(axes.flat, panels, strict=True):
+        _draw_panel(axis, runs, stage, metric)
+    handles, labels = axes[0, 0].get_legend_handles_labels()
+    axes[0, 1].legend(handles, labels, frameon=False, fontsize=8, loc="upper right")
+    figure.tight_layout()
+    _save(figure, "constraints.svg")
+    if network:
+        figure, axis = plt.subplots(figsize=(6, 4))
+        for method, size in TUNED:
+            parts, case = runs.get((method, size), []), network.get(name_of(method, size))
+            if parts and case:
+                stage = "after" if all("after" in part for part in parts) else "before"
+                change = statistics.mean(_changes(parts, runs["none", 0], stage))
+                axis.plot(1e3 * statistics.median(case["layers"]), change, "o", color=COLOURS[method])
+                axis.annotate(f" {size}" if size else "", (1e3 * statistics.median(case["layers"]), change), fontsize=8)
+        axis.set_xlabel("time of the MoE layers on 4 hosts with 400 Mbit/s, ms")
+        axis.set_ylabel("perplexity after fine-tuning against no constraint, %")
+        for method, colour in COLOURS.items():
+            axis.plot([], [], "o", color=colour, label=LABELS[method])
+        axis.legend(frameon=False, fontsize=8)
+        axis.spines[["top", "right"]].set_visible(False)
+        figure.tight_layout()
+        _save(figure, "constraints-time.svg")
+
+
+def _draw_panel(axis: Any, runs: Runs, stage: str, metric: str) -> None:
+    for method in NAMES:
+        points = []
+        for (its_method, size), parts in sorted(runs.items()):
+            done = [part for part in parts if stage in part]
+            if its_method == method and done:
+                changes = _changes(done, runs["none", 0], stage)
+                points.append((size, [part[stage][metric] for part in done], changes))
+        if points:
+            x, y = [statistics.mean(point[1]) for point in points], [statistics.mean(point[2]) for point in points]
+            spread = [
+                [abs(extreme(point[2]) - mean) for point, mean in zip(points, y, strict=True)] for extreme in (min, max)
+            ]
+            axis.errorbar(
+                x, y, yerr=spread, fmt="o-", color=COLOURS[method], label=LABELS[method], capsize=2, lw=1, ms=4
+            )
+            for (size, _, _), at, height in zip(points, x, y, strict=True):
+                axis.annotate(f" {size}" if size else "", (at, height), fontsize=7)
+    axis.set_title(f"{stage} fine-tuning", fontsize=10)
+    axis.set_xlabel(metric)
+    axis.set_ylabel("perplexity against no constraint, %")
+    axis.spines[["top", "right"]].set_visible(False)
+
+
+def _save(figure: Any, name: str) -> None:
+    path: Path = RESULTS / name
+    with plt.rc_context({"svg.hashsalt": "coterie"}):
+        figure.savefig(path, metadata={"Date": None})
+    plt.close(figure)

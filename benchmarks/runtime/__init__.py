@@ -1,0 +1,1 @@
+"""What maps buy in real runs: `python -m benchmarks.runtime`."""

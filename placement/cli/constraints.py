@@ -1,0 +1,339 @@
+"""`coterie constrain`, `codesign`, `finetune` and `quality`: routing that respects a plan, and what that costs."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.table import Column, Table
+
+from placement.cli.app import Data, Json, Model, Nodes, app, notes, print_json, progress_bar, tables
+from profiler.errors import CoterieError
+from profiler.files import require_writable, require_writable_parent
+
+if TYPE_CHECKING:
+    from placement.constraints.constrain import Constraint
+    from placement.placement_map import PlacementMap
+    from profiler.loading import LoadedModel
+    from profiler.profile import Profile
+
+
+class Method(StrEnum):
+    """How selection is constrained."""
+
+    C2R = "c2r"
+    ROUTER = "router"
+    SIMILARITY = "similarity"
+
+
+class What(StrEnum):
+    """Which weights learn."""
+
+    ALL = "all"
+    EXPERTS = "experts"
+
+
+ConstraintFile = Annotated[
+    Path | None, typer.Option(help="From `coterie constrain`, or a fine-tuned model's folder; none if left out.")
+]
+HeldOut = Annotated[list[str] | None, typer.Option(help="Text to measure on, as --data.")]
+HeldOutTokens = Annotated[int, typer.Option(help="Tokens to measure on.")]
+Device = Annotated[str | None, typer.Option(help="Such as cpu or cuda:0; chosen if left out.")]
+
+
+@app.command()
+def constrain(
+    run: Annotated[Path, typer.Argument(help="Profile folder of the model.")],
+    method: Annotated[
+        Method, typer.Option(help="C2R lists; pruning by router scores; pruning by similarity of experts.")
+    ] = Method.ROUTER,
+    plan: Annotated[
+        Path | None, typer.Option(help="Placement map: needed for pruning, makes C2R device-aware.")
+    ] = None,
+    top_t: Annotated[int | None, typer.Option("--top-t", help="C2R: collaborators in the list of each expert.")] = None,
+    limit: Annotated[int | None, typer.Option(help="Pruning: ranks, or nodes, that a token may visit.")] = None,
+    nodes: Annotated[bool, typer.Option("--nodes", help="Pruning: the limit counts nodes.")] = False,
+    similarity: Annotated[
+        Path | None, typer.Option(help="Table from `coterie profile --similarity`, for pruning by similarity.")
+    ] = None,
+    out: Annotated[Path, typer.Option("-o", "--out", help="Constraint to write.")] = Path("constraint.safetensors"),
+    as_json: Json = False,
+) -> None:
+    """Say which experts a token may pick together, from a profile and a plan.
+
+    Example: coterie constrain run.profile --plan plan.json --method router --limit 2 -o two-ranks.safetensors
+    """
+    from placement.constraints.config import digest_of, save
+    from placement.placement_map import PlacementMap
+    from profiler.profile import Profile
+
+    require_writable(out)
+    recorded = Profile.load_from(run)
+    placement = PlacementMap.load_from(plan) if plan else None
+    constraint = _make(method, recorded, placement, top_t, limit, nodes, similarity)
+    save(constraint, out)
+    if as_json:
+        print_json({"constraint": str(out), "name": constraint.name, "digest": digest_of(constraint)})
+    else:
+        table = Table("model", "constraint")
+        table.add_row(constraint.model.describe(), constraint.name)
+        tables.print(table)
+    notes.print(f"wrote {out}; see what it costs with: coterie quality --constraint {out}", markup=False)
+
+
+def _make(
+    method: Method,
+    recorded: Profile,
+    placement: PlacementMap | None,
+    top_t: int | None,
+    limit: int | None,
+    nodes: bool,
+    similarity: Path | None,
+) -> Constraint:
+    from placement.constraints.lists import collaborator_lists, device_aware_lists
+    from placement.constraints.pruning import limit_ranks
+    from placement.constraints.similarity import SimilarityTable
+
+    if method is Method.C2R:
+        if top_t is None:
+            most = recorded.model.num_experts - 1
+            raise CoterieError(f"--method c2r: give --top-t from {recorded.model.top_k - 1} to {most}")
+        if placement is None:
+            return collaborator_lists(recorded, top_t)
+        return device_aware_lists(recorded, placement, top_t)
+    if placement is None or limit is None:
+        raise CoterieError(f"--method {method.value}: give --plan and --limit, the ranks that a token may visit")
+    placement.require_model(recorded.model)
+    alike = None
+    if method is Method.SIMILARITY:
+        if similarity is None:
+            raise CoterieError("--method similarity: give --similarity, from `coterie profile --similarity`")
+        table = SimilarityTable.load_from(similarity)
+        if not table.model.routes_like(recorded.model):
+            raise CoterieError(f"{similarity}: is of {table.model.describe()}, not of {recorded.model.describe()}")
+        alike = table.similarity
+    return limit_ranks(placement, limit, alike, level="node" if nodes else "rank")
+
+
+@app.command()
+def codesign(
+    model: Model = None,
+    ranks: Annotated[int, typer.Option(help="Ranks of the expert-parallel group.")] = 4,
+    nodes: Nodes = 1,
+    method: Annotated[Method, typer.Option(help="Device-aware C2R lists, or pruning by router scores.")] = Method.C2R,
+    top_t: Annotated[int | None, typer.Option("--top-t", help="C2R: collaborators of each expert.")] = None,
+    limit: Annotated[int | None, typer.Option(help="Pruning: ranks that a token may visit.")] = None,
+    data: Data = None,
+    max_tokens: Annotated[int, typer.Option(help="Tokens to run in each round.")] = 32_768,
+    rounds: Annotated[int, typer.Option(help="Stop after so many.")] = 5,
+    seed: Annotated[int, typer.Option(help="The same seed gives the same plans.")] = 0,
+    out: Annotated[Path, typer.Option("-o", "--out", help="Folder for the plan and the constraint.")] = Path(
+        "codesign"
+    ),
+    device: Device = None,
+    as_json: Json = False,
+) -> None:
+    """Plan for the routing, constrain it by the plan, and again, until tokens visit no fewer ranks.
+
+    Example: coterie codesign ./OLMoE-1B-7B --ranks 8 --top-t 24 --data texts/ -o codesigned/
+    """
+    from placement.constraints.codesign import Round, alternate, best
+    from placement.constraints.config import FILE_NAME, save
+    from placement.solvers import Options
+    from placement.solvers import plan as make_plan
+    from placement.topology import Topology
+    from profiler import zoo
+    from profiler.calibration import read_documents
+    from profiler.families import read_spec
+    from profiler.loading import load_model
+
+    require_writable_parent(out)
+    if method is Method.SIMILARITY:
+        raise CoterieError("--method similarity: co-design takes c2r or router; give one of them")
+    loaded = load_model(model, device)
+    topology = Topology.for_experts(read_spec(loaded.model, loaded.name).num_experts, ranks, nodes)
+    batches = loaded.batches(read_documents(data or [zoo.CALIBRATION]), 256, 8, max_tokens)
+
+    def note(one: Round) -> None:
+        notes.print(f"fan_out {one.fan_out:.3f}, perplexity {one.perplexity:.3f}")
+
+    with notes.status("planning and constraining in turn"):
+        done = alternate(
+            loaded,
+            batches,
+            lambda routing: make_plan(routing, topology, "search", Options(seed=seed)),
+            lambda free, placement: _make(method, free, placement, top_t, limit, nodes=False, similarity=None),
+            max_rounds=rounds,
+            on_round=note,
+        )
+    chosen = best(done)
+    chosen.placement.save(out / "plan.json")
+    save(chosen.constraint, out / FILE_NAME)
+    figures = [
+        {"fan_out": one.fan_out, "busiest_ingress": one.busiest_ingress, "perplexity": one.perplexity} for one in done
+    ]
+    if as_json:
+        print_json({"rounds": figures, "chosen": done.index(chosen) + 1})
+    else:
+        table = Table("round", *(Column(name, justify="right") for name in figures[0]))
+        for number, row in enumerate(figures, 1):
+            table.add_row(
+                f"{number}{' (chosen)' if done[number - 1] is chosen else ''}", *(f"{v:.3f}" for v in row.values())
+            )
+        tables.print(table)
+    notes.print(f"wrote {out}/plan.json and {out}/{FILE_NAME}; the figures are of the text that both were made with")
+
+
+@app.command()
+def finetune(
+    model: Model = None,
+    out: Annotated[Path, typer.Option("-o", "--out", help="Model folder to write.")] = Path("finetuned"),
+    constraint: ConstraintFile = None,
+    data: Data = None,
+    instructions: Annotated[
+        list[Path] | None, typer.Option(help="JSON lines of conversations to learn the answers of, in place of --data.")
+    ] = None,
+    steps: Annotated[int, typer.Option(help="Of the optimizer.")] = 1000,
+    batch_size: Annotated[int, typer.Option(help="Sequences in a step.")] = 16,
+    micro_batch_size: Annotated[int | None, typer.Option(help="Sequences in a forward pass; all if left out.")] = None,
+    sequence_length: Annotated[int, typer.Option(help="Tokens in a sequence.")] = 512,
+    learning_rate: Annotated[float, typer.Option(help="Its peak.")] = 2e-5,
+    warmup_steps: Annotated[int, typer.Option(help="Until the peak.")] = 10,
+    what: Annotated[What, typer.Option(help="Weights that learn: all, or those of experts and routers.")] = What.ALL,
+    plain: Annotated[
+        bool, typer.Option("--plain/--no-plain", help="Train as long without the constraint too, to compare.")
+    ] = True,
+    save_steps: Annotated[int, typer.Option(help="Steps between checkpoints; 0 for none.")] = 200,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint.")] = False,
+    seed: Annotated[int, typer.Option(help="The same seed gives the same weights.")] = 0,
+    held_out: HeldOut = None,
+    held_out_tokens: HeldOutTokens = 16_384,
+    device: Device = None,
+    dtype: Annotated[str | None, typer.Option(help="auto, float32 or bfloat16; float32 if left out.")] = "float32",
+    as_json: Json = False,
+) -> None:
+    """Fine-tune a model under a constraint, and measure it beside the model as it was and plainly fine-tuned.
+
+    Example: coterie finetune ./OLMoE-1B-7B --constraint two-ranks.safetensors --instructions alpaca.jsonl -o tuned
+    """
+    from placement.constraints.config import load
+    from placement.constraints.examples import instruction_examples, text_examples
+    from placement.constraints.finetune import Training, checkpoint_folder
+    from placement.constraints.finetune import finetune as run_finetune
+    from profiler import zoo
+    from profiler.calibration import read_documents
+    from profiler.loading import load_model
+
+    def begun(folder: Path) -> bool:
+        return folder.exists() or checkpoint_folder(folder).exists()
+
+    require_writable_parent(out)
+    limited = load(constraint) if constraint else None
+    training = Training(steps, batch_size, micro_batch_size, learning_rate, warmup_steps, what.value, seed, save_steps)
+    if data and instructions:
+        raise CoterieError("--data and --instructions: give one of them")
+    unseen = read_documents(held_out or [zoo.HELD_OUT])
+    runs: dict[str, tuple[Any, Path]] = {}
+    if limited is not None:
+        if plain:
+            runs["plainly fine-tuned"] = (None, out.with_name(f"{out.name}-plain"))
+        runs[f"fine-tuned, {limited.name}"] = (limited, out)
+    else:
+        runs["plainly fine-tuned"] = (None, out)
+    any_begun = any(begun(folder) for _, folder in runs.values())  # if none is, going on is refused
+    loaded = load_model(model, device, dtype=dtype)
+    measured = {"as it was": _measure(loaded, None, unseen, held_out_tokens)}
+    if limited is not None:
+        measured[f"as it was, {limited.name}"] = _measure(loaded, limited, unseen, held_out_tokens)
+    for name, (its_constraint, folder) in runs.items():
+        loaded = load_model(model, device, dtype=dtype)
+        if instructions:
+            examples = instruction_examples(loaded, instructions, sequence_length)
+        else:
+            examples = text_examples(loaded, read_documents(data or [zoo.CALIBRATION]), sequence_length)
+        notes.print(f"{name}: {len(examples):,} sequences, {steps:,} steps of {batch_size}")
+        with progress_bar("steps") as advance_to:
+            run_finetune(
+                loaded,
+                examples,
+                its_constraint,
+                training,
+                folder,
+                resume=resume and (begun(folder) or not any_begun),
+                on_step=lambda step, total, _loss, advance_to=advance_to: advance_to(step, total),  # type: ignore[misc]
+            )
+        measured[name] = _measure(loaded, its_constraint, unseen, held_out_tokens)
+        notes.print(f"wrote {folder}")
+    _show(measured, as_json)
+
+
+@app.command()
+def quality(
+    models: Annotated[
+        list[str] | None,
+        typer.Argument(help="Model folders or hub ids; one with a constraint is measured under it. Embedded if none."),
+    ] = None,
+    constraint: ConstraintFile = None,
+    data: HeldOut = None,
+    max_tokens: HeldOutTokens = 16_384,
+    task: Annotated[
+        list[str] | None, typer.Option(help="Tasks of lm-evaluation-harness, or all of c2r or occult.")
+    ] = None,
+    task_folder: Annotated[Path | None, typer.Option(help="Folder with task files of your own.")] = None,
+    task_limit: Annotated[int | None, typer.Option(help="Questions of each task; all if left out.")] = None,
+    device: Device = None,
+    as_json: Json = False,
+) -> None:
+    """Perplexity by domain on held-out text, constrained and not; accuracy on tasks where asked for.
+
+    Example: coterie quality ./OLMoE-1B-7B ./tuned-plain ./tuned --data held-out/
+    """
+    from placement.constraints.config import FILE_NAME, load
+    from placement.constraints.harness import run_tasks
+    from profiler import zoo
+    from profiler.calibration import read_documents
+    from profiler.loading import load_model
+
+    unseen = read_documents(data or [zoo.HELD_OUT])
+    given = load(constraint) if constraint else None
+    measured: dict[str, dict[str, float]] = {}
+    for model in [*models] if models else [None]:
+        loaded = load_model(model, device)
+        own = load(Path(model)) if model and (Path(model) / FILE_NAME).is_file() else None
+        cases = [own] if own is not None else [None, *([given] if given is not None else [])]
+        for case in cases:
+            name = loaded.name if case is None else f"{loaded.name}, {case.name}"
+            measured[name] = _measure(loaded, case, unseen, max_tokens)
+            if task:
+                measured[name] |= run_tasks(loaded, case, task, folder=task_folder, limit=task_limit)
+    _show(measured, as_json)
+
+
+def _measure(loaded: LoadedModel, constraint: Constraint | None, documents: Any, max_tokens: int) -> dict[str, float]:
+    from placement.constraints.constrain import constrain as constrained
+    from placement.constraints.quality import perplexity
+
+    batches = loaded.batches(documents, 256, 8, max_tokens)
+    with progress_bar("tokens") as advance_to, constrained(loaded.model, constraint):
+        done = 0
+
+        def on_batch(tokens: int) -> None:
+            nonlocal done
+            done += tokens
+            advance_to(done, batches.num_tokens)
+
+        found = perplexity(loaded.model, batches, loaded.input_device, on_batch)
+    return {"all": found.overall, **found.of_domain}
+
+
+def _show(measured: dict[str, dict[str, float]], as_json: bool) -> None:
+    if as_json:
+        print_json(measured)
+        return
+    columns = list(dict.fromkeys(name for figures in measured.values() for name in figures))
+    table = Table("perplexity", *(Column(name, justify="right") for name in columns))
+    for name, figures in measured.items():
+        table.add_row(name, *(f"{figures[column]:.3f}" if column in figures else "-" for column in columns))
+    tables.print(table)

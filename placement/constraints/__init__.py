@@ -1,0 +1,1 @@
+"""Routing that respects a placement: which experts a token may pick, and fine-tuning under it."""

@@ -1,0 +1,265 @@
+"""Fine-tuning under a constraint with transformers' Trainer, so that a model gets used to it."""
+
+from __future__ import annotations
+
+import shutil
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+from placement.constraints.config import FILE_NAME, digest_of, save
+from placement.constraints.constrain import Constraint, constrain
+from placement.constraints.examples import Examples, collate
+from profiler.errors import CoterieError
+from profiler.families import find_moe_layers
+from profiler.files import read_json, require_writable_parent, write_json
+from profiler.loading import LoadedModel
+
+Part = Literal["all", "experts"]
+"""What learns: all weights, or those of experts and routers only, as Occult fine-tunes."""
+
+RUN_FILE = "finetune.json"
+
+OnStep = Callable[[int, int, float], None]
+"""Called with steps done, steps in all and the mean loss since the last call."""
+
+
+@dataclass(frozen=True)
+class Training:
+    """How long and how fast to learn. Occult fine-tuned for 1,000 steps on sequences of 512 tokens.
+
+    Attributes:
+        steps: of the optimizer.
+        batch_size: sequences in a step.
+        micro_batch_size: sequences in one forward pass; `batch_size` where None.
+        learning_rate: its peak; a cosine brings it to zero after `warmup_steps` steps.
+        part: what learns.
+        seed: of the order of the examples and of dropout.
+        save_steps: a checkpoint after every so many steps; 0 for none.
+    """
+
+    steps: int = 1000
+    batch_size: int = 16
+    micro_batch_size: int | None = None
+    learning_rate: float = 2e-5
+    warmup_steps: int = 10
+    part: Part = "all"
+    seed: int = 0
+    save_steps: int = 200
+
+    def __post_init__(self) -> None:
+        for name, low in (("steps", 1), ("batch_size", 1), ("warmup_steps", 0), ("save_steps", 0), ("seed", 0)):
+            if getattr(self, name) < low:
+                raise CoterieError(f"{name.replace('_', ' ')} {getattr(self, name)}: must be at least {low}")
+        if not self.learning_rate > 0:
+            raise CoterieError(f"learning rate {self.learning_rate}: must be above 0")
+        if self.micro_batch_size is not None and (self.micro_batch_size < 1 or self.batch_size % self.micro_batch_size):
+            raise CoterieError(
+                f"micro batch size {self.micro_batch_size}: must divide the batch size, {self.batch_size}"
+            )
+
+
+def train(
+    model: Any,
+    examples: Examples,
+    constraint: Constraint | None,
+    training: Training,
+    work: Path,
+    *,
+    resume: bool = False,
+    on_step: OnStep = lambda _step, _steps, _loss: None,
+) -> list[float]:
+    """Train a model in place, constrained if there is a constraint; returns the loss of each step.
+
+    The auxiliary loss takes part with the model's own coefficient, and follows the constraint.
+
+    Args:
+        work: folder for checkpoints.
+        resume: go on from the last one in it.
+
+    Raises:
+        CoterieError: the constraint does not fit the model, or there is nothing to go on from.
+    """
+    from transformers import Trainer, TrainerCallback, TrainingArguments
+    from transformers.trainer_utils import get_last_checkpoint
+
+    micro = training.micro_batch_size or training.batch_size
+    arguments = TrainingArguments(
+        output_dir=str(work),
+        max_steps=training.steps,
+        per_device_train_batch_size=micro,
+        gradient_accumulation_steps=training.batch_size // micro,
+        learning_rate=training.learning_rate,
+        lr_scheduler_type="cosine",
+        warmup_steps=training.warmup_steps,
+        seed=training.seed,
+        data_seed=training.seed,
+        save_strategy="steps" if training.save_steps else "no",
+        save_steps=training.save_steps or 500,
+        save_total_limit=2,
+        logging_steps=1,
+        report_to="none",
+        disable_tqdm=True,
+        use_cpu=next(model.parameters()).device.type == "cpu",
+        dataloader_pin_memory=False,
+        remove_unused_columns=False,
+    )
+
+    class TrainerOfExperts(Trainer):  # type: ignore[misc]
+        def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+            # Trainer would look for packed experts by name, find none, warn, and go on with the weights it was given.
+            _load_weights(self.model, resume_from_checkpoint)
+
+    class Steps(TrainerCallback):  # type: ignore[misc]
+        def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+            if logs and "loss" in logs:
+                on_step(state.global_step, training.steps, logs["loss"])
+
+    checkpoint = get_last_checkpoint(str(work)) if resume and work.is_dir() else None
+    with _trainable(model, training.part), _auxiliary_loss(model), _repeatable(), constrain(model, constraint):
+        trainer = TrainerOfExperts(
+            model=model, args=arguments, train_dataset=examples, data_collator=collate, callbacks=[Steps()]
+        )
+        trainer.remove_callback(_printer())
+        trainer.train(resume_from_checkpoint=checkpoint)
+    model.eval()
+    return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+
+
+def finetune(
+    loaded: LoadedModel,
+    examples: Examples,
+    constraint: Constraint | None,
+    training: Training,
+    out: Path,
+    *,
+    resume: bool = False,
+    on_step: OnStep = lambda _step, _steps, _loss: None,
+) -> Path:
+    """Fine-tune a model and write it with its constraint, whole or not at all; returns `out`.
+
+    `from_pretrained` loads the folder as any other; `constrain(model, load(folder))` constrains it again.  Until then
+    checkpoints are kept in a hidden folder beside it.
+
+    Raises:
+        CoterieError: as `train`; `out` cannot be written or is not a fine-tuned model; or there are checkpoints of a
+            run with other settings or examples.
+    """
+    require_writable_parent(out)
+    if out.exists() and not (out / RUN_FILE).is_file():
+        raise CoterieError(f"{out}: exists and is no fine-tuned model; give another name to -o")
+    work = checkpoint_folder(out)
+    run = {
+        "model": loaded.name,
+        "constraint": None if constraint is None else constraint.name,
+        "constraint_digest": None if constraint is None else digest_of(constraint),
+        "examples": len(examples),
+        "examples_digest": examples.digest,
+        **asdict(training),
+    }
+    with constrain(loaded.model, constraint):
+        pass  # refused before anything is written
+    if resume and not work.exists() and out.exists():  # done already
+        _require_same_run(out, run)
+        _load_weights(loaded.model, out)
+        return out
+    if resume:
+        _require_same_run(work, run)
+    else:
+        shutil.rmtree(work, ignore_errors=True)
+    write_json(work / RUN_FILE, run)
+    losses = train(loaded.model, examples, constraint, training, work, resume=resume, on_step=on_step)
+    unfinished = out.with_name(f".{out.name}.partial")
+    shutil.rmtree(unfinished, ignore_errors=True)
+    try:
+        loaded.model.save_pretrained(unfinished)
+        loaded.tokenizer.save_pretrained(unfinished)
+        if constraint is not None:
+            save(constraint, unfinished / FILE_NAME)
+        write_json(unfinished / RUN_FILE, {**run, "losses": losses})
+        shutil.rmtree(out, ignore_errors=True)
+        unfinished.rename(out)
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
+    shutil.rmtree(work, ignore_errors=True)
+    return out
+
+
+def checkpoint_folder(out: Path) -> Path:
+    """Where a run that will write `out` keeps its checkpoints."""
+    return out.with_name(f".{out.name}.checkpoints")
+
+
+def _load_weights(model: Any, folder: Path | str) -> None:
+    """Those of a saved model, which has experts one by one, into one that may have them packed."""
+    stored = type(model).from_pretrained(folder, dtype=model.dtype)
+    model.load_state_dict(stored.state_dict())
+
+
+def _require_same_run(work: Path, run: dict[str, Any]) -> None:
+    before = read_json(work / RUN_FILE, "a fine-tuning run", "there is none to go on with; leave --resume out")
+    changed = sorted(key for key in run if before.get(key) != run[key])
+    if changed:
+        raise CoterieError(
+            f"{work}: was begun with other {', '.join(changed)} ({changed[0]} {before.get(changed[0])!r}, now "
+            f"{run[changed[0]]!r}); give the same, or leave --resume out to begin anew"
+        )
+
+
+@contextmanager
+def _trainable(model: nn.Module, part: Part) -> Iterator[None]:
+    """Let only a part of the weights learn."""
+    before = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
+    try:
+        if part == "experts":
+            model.requires_grad_(False)
+            for layer in find_moe_layers(model):
+                block = model.get_submodule(layer.name.rpartition(".")[0])
+                layer.experts.requires_grad_(True)
+                for name in ("gate", "router"):
+                    if name in dict(block.named_children()):
+                        block.get_submodule(name).requires_grad_(True)
+        yield
+    finally:
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(before[name])
+
+
+@contextmanager
+def _auxiliary_loss(model: Any) -> Iterator[None]:
+    """Ask the model for its load-balancing loss, where it has one."""
+    config = model.config
+    before = getattr(config, "output_router_logits", None)
+    if before is None or not hasattr(model, "router_aux_loss_coef"):
+        yield
+        return
+    config.output_router_logits = True
+    try:
+        yield
+    finally:
+        config.output_router_logits = before
+
+
+@contextmanager
+def _repeatable() -> Iterator[None]:
+    """Sums in a fixed order, so that the same seed gives the same weights."""
+    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=".*pin_memory.*")
+            yield
+    finally:
+        torch.use_deterministic_algorithms(before[0], warn_only=before[1])
+
+
+def _printer() -> Any:
+    from transformers.trainer_callback import PrinterCallback
+
+    return PrinterCallback

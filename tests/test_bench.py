@@ -1,0 +1,143 @@
+"""Benches of replayed routing: exact, bytes as the walk has them, and every workload, way to exchange and mistake."""
+
+import sys
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from conftest import make_spec, make_trace, random_ids
+
+from placement.cost import evaluate
+from placement.placement_map import PlacementMap
+from placement.runtime import bench as bench_module
+from placement.runtime.bench import Settings, bench
+from placement.runtime.results import BenchResult
+from placement.runtime.workloads import cut_replay, replayed_layers
+from placement.topology import Topology
+from profiler import CoterieError, Profile
+
+SPEC = replace(make_spec(3, 8, 2), hidden_size=24, expert_size=16)
+SMALL = Settings(sequences_per_rank=(1, 3), sequence_length=8, repeats=1)
+
+
+@pytest.fixture(scope="module")
+def recorded(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("recorded") / "run.profile"
+    Profile.from_tokens(SPEC, ["a", "b"], make_trace(random_ids(0, 3, 400, 8, 2), num_sequences=10), {}).save(folder)
+    return folder
+
+
+def reversed_map(num_ranks=2, num_nodes=1):
+    slots = np.tile(np.arange(8)[::-1], (3, 1))
+    return PlacementMap(SPEC, Topology(num_nodes, num_ranks // num_nodes, 8 // num_ranks), slots, {"name": "reversed"})
+
+
+def test_rows_are_exact_and_bytes_are_those_of_the_tokens(recorded, tmp_path):
+    maps = {"reversed": reversed_map(), "other": reversed_map()}
+    result = bench(maps, replay=recorded, settings=replace(SMALL, modes=("flat", "bf16"), num_layers=2))
+    assert [run.tokens_per_rank for run in result.runs] == [8, 24]
+    profile = Profile.load_from(recorded)
+    for run in result.runs:
+        names = [(row.implementation, row.map) for row in run.rows]
+        ways = [(way, name) for way in ("coterie", "coterie bf16") for name in ("linear", "reversed", "other")]
+        assert names == [("HF all_to_all", "linear"), *ways]
+        tokens = cut_replay(SPEC, profile.tokens, 2 * run.tokens_per_rank, 2, 0)
+        source = np.repeat([0, 1], run.tokens_per_rank)
+        ranks_LTK = tokens.topk_ids // 4
+        away = (ranks_LTK != source[None, :, None]).any(axis=2)
+        pairs_away = (ranks_LTK != source[None, :, None]).sum()
+        layers = replayed_layers(SPEC, 2)
+        kept = replace(SPEC, layer_ids=tuple(layers))
+        metrics = evaluate(PlacementMap.linear(kept, Topology(1, 2, 4)), tokens)
+        peer, linear = run.rows[:2]
+        assert linear.fan_out == pytest.approx(metrics.fan_out.mean())
+        assert linear.rows_per_token == pytest.approx(linear.fan_out)
+        assert linear.remote_rows_per_token == pytest.approx(away.mean())
+        assert linear.least_bytes == away.sum() * 24 * 4 * 2
+        assert linear.bytes_sent == linear.wire_bytes == linear.least_bytes + pairs_away * 6
+        assert peer.rows_per_token == 2
+        assert peer.bytes_sent == pairs_away * 24 * 4 * 2
+        for row in run.rows:
+            assert row.max_difference < (1e-4 if "bf16" not in row.implementation else 0.1)
+            assert row.least_bytes <= row.bytes_sent
+        assert run.rows[4].least_bytes == linear.least_bytes / 2
+        assert set(run.correlations) >= {"fan_out, exchange"} or linear.fan_out == run.rows[2].fan_out
+    result.save(tmp_path / "bench.json")
+    assert BenchResult.load_from(tmp_path / "bench.json") == result
+    (tmp_path / "bench.json").write_text((tmp_path / "bench.json").read_text().replace('"fan_out": ', '"fun": '))
+    with pytest.raises(CoterieError, match="not a bench result"):
+        BenchResult.load_from(tmp_path / "bench.json")
+
+
+@pytest.mark.parametrize("kind", ["decode", "training"])
+def test_other_workloads_are_exact(recorded, kind):
+    settings = replace(SMALL, kind=kind, sequences_per_rank=(2,), steps=4, modes=("flat", "hierarchical"))
+    [run] = bench({"reversed": reversed_map(4, 2)}, replay=recorded, settings=settings).runs
+    assert run.num_ranks == 4
+    assert run.tokens_per_rank == (2 if kind == "decode" else 16)
+    assert len(run.rows) == 5
+    assert all(row.max_difference < 1e-4 for row in run.rows)
+    assert run.rows[1].predicted_layer is None  # flat, over the network to each rank of the other node
+    assert run.rows[3].predicted_layer > 0
+
+
+def test_maps_for_other_ranks_are_runs_of_their_own(recorded):
+    result = bench({"two": reversed_map(2), "four": reversed_map(4)}, replay=recorded, settings=SMALL)
+    assert [(run.num_ranks, run.tokens_per_rank) for run in result.runs] == [(2, 8), (2, 24), (4, 8), (4, 24)]
+
+
+def test_copies_and_empty_slots_are_benched_beside_the_peer(recorded):
+    slots = np.tile([0, 1, 2, 3, 4, -1, 4, 5, 6, 7, 0, 1], (3, 1))
+    copies = PlacementMap(SPEC, Topology(1, 2, 6), slots, {"name": "copies"})
+    [run] = bench({"copies": copies}, replay=recorded, settings=replace(SMALL, sequences_per_rank=(2,))).runs
+    assert [row.map for row in run.rows] == ["linear", "linear", "copies"]
+    assert run.rows[2].rows_per_token == pytest.approx(run.rows[2].fan_out)
+    assert run.rows[2].fan_out < run.rows[1].fan_out
+
+
+def test_outputs_that_differ_are_not_trusted(recorded, monkeypatch):
+    monkeypatch.setattr(bench_module, "MAX_DIFFERENCE", 1e-12)
+    with pytest.raises(CoterieError, match=r"HF all_to_all on the linear map: differs by .* do not trust this run"):
+        bench({"reversed": reversed_map()}, replay=recorded, settings=replace(SMALL, sequences_per_rank=(3,)))
+
+
+MISTAKES = {
+    "no repeats": ({"repeats": 0}, "repeats 0: must be at least 1"),
+    "no sequences": ({"sequences_per_rank": (2, 0)}, "sequences per rank 0: must be at least 1"),
+    "too many tokens": ({"sequence_length": 10_000}, "the profile has 400 whole tokens, this replay needs"),
+    "more layers than there are": ({"num_layers": 4}, "--layers 4: must be from 1 to the 3"),
+    "another mode": ({"modes": ("fast",)}, "mode 'fast': must be one of flat, hierarchical"),
+    "all decoded": ({"kind": "decode", "steps": 8}, "8 steps: must be fewer than the 8 tokens"),
+    "no rate": ({"network": "fast"}, "network rate 'fast'"),
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_a_mistake_is_one_line(recorded, mistake):
+    changes, message = MISTAKES[mistake]
+    with pytest.raises(CoterieError, match=message):
+        bench({"reversed": reversed_map()}, replay=recorded, settings=replace(SMALL, **changes))
+
+
+def test_maps_of_other_models_and_profiles_without_sizes_are_refused(recorded, tmp_path):
+    other = replace(SPEC, hidden_size=48)
+    with pytest.raises(CoterieError, match="the map is for"):
+        bench({"other": replace(reversed_map(), model=other)}, replay=recorded, settings=SMALL)
+    unknown = replace(SPEC, hidden_size=0)
+    Profile.from_tokens(unknown, ["a"], make_trace(random_ids(0, 3, 40, 8, 2), num_domains=1), {}).save(tmp_path / "p")
+    with pytest.raises(CoterieError, match="give --hidden-size and --expert-size"):
+        bench({"other": replace(reversed_map(), model=unknown)}, replay=tmp_path / "p", settings=SMALL)
+
+
+def test_under_torchrun_the_first_rank_has_the_result(recorded, tmp_path):
+    import subprocess
+
+    reversed_map().save(tmp_path / "plan.json")
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--no-python", sys.executable]
+    code = "from placement.cli import main; main()"
+    arguments = ["bench", "plan.json", "--replay", str(recorded), "--sequence-length", "8", "--repeats", "1", "--json"]
+    done = subprocess.run(
+        [*command, "-c", code, *arguments], cwd=tmp_path, capture_output=True, text=True, check=False, timeout=120
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count('"workload": "prefill"') == 1

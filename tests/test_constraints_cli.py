@@ -1,0 +1,198 @@
+"""`coterie constrain`, `finetune` and `quality`, co-design, and the harness."""
+
+import importlib.util
+import json
+import re
+import sys
+from itertools import pairwise
+
+import numpy as np
+import pytest
+from test_constraints import random_map
+
+from placement.cli import main
+from placement.constraints.codesign import SMALLEST_GAIN, alternate, best
+from placement.constraints.config import load
+from placement.constraints.harness import SUITES, run_tasks, task_names
+from placement.constraints.lists import device_aware_lists
+from placement.constraints.pruning import limit_ranks
+from placement.cost import evaluate
+from placement.placement_map import PlacementMap
+from placement.solvers import Options
+from placement.solvers import plan as make_plan
+from placement.topology import Topology
+from profiler import CoterieError, Recorder, zoo
+from profiler.calibration import Document
+from profiler.loading import load_model
+from profiler.profile import Profile
+
+
+def coterie(capsys, monkeypatch, *arguments):
+    """Exit code, stdout, stderr."""
+    monkeypatch.setattr(sys, "argv", ["coterie", *map(str, arguments)])
+    monkeypatch.setenv("COLUMNS", "200")
+    code = 0
+    try:
+        main()
+    except SystemExit as stop:
+        code = stop.code or 0
+    shown = capsys.readouterr()
+    return code, shown.out, shown.err
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """A short profile of the embedded model, a similarity table and a map."""
+    folder = tmp_path_factory.mktemp("constraints")
+    with pytest.MonkeyPatch.context() as patch:
+        arguments = ["profile", "--max-tokens", "3000", "-o", folder / "run.profile"]
+        arguments += ["--similarity", folder / "alike.safetensors"]
+        patch.setattr(sys, "argv", ["coterie", *map(str, arguments)])
+        with pytest.raises(SystemExit) as stop:
+            main()
+        assert stop.value.code == 0
+    random_map(Profile.load_from(folder / "run.profile").model, ranks=4).save(folder / "plan.json")
+    return folder
+
+
+def test_from_profile_to_quality(made, tmp_path, capsys, monkeypatch):
+    def run(*arguments):
+        return coterie(capsys, monkeypatch, *arguments)
+
+    plan = ("--plan", made / "plan.json")
+    for arguments, name in (
+        (("--method", "c2r", "--top-t", 20), "C2R, T=20"),
+        (("--method", "c2r", "--top-t", 20, *plan), "device-aware C2R, T=20"),
+        (("--limit", 2, *plan), "router-based pruning, N=2"),
+        (("--limit", 1, *plan, "--nodes"), "router-based pruning, N=1 nodes"),
+        (
+            ("--method", "similarity", "--limit", 1, *plan, "--similarity", made / "alike.safetensors"),
+            "similarity-based pruning, N=1",
+        ),
+    ):
+        out = tmp_path / "constraint.safetensors"
+        code, shown, _ = run("constrain", made / "run.profile", *arguments, "-o", out, "--json")
+        assert code == 0
+        assert json.loads(shown)["name"] == load(out).name == name
+    quick = ("--held-out-tokens", 1000, "--steps", 2, "--batch-size", 2, "--sequence-length", 64, "--json")
+    tuned = tmp_path / "tuned"
+    code, shown, _ = run("finetune", "--constraint", out, "-o", tuned, *quick)
+    assert code == 0
+    rows = json.loads(shown)
+    assert list(rows) == [
+        "as it was",
+        "as it was, similarity-based pruning, N=1",
+        "plainly fine-tuned",
+        "fine-tuned, similarity-based pruning, N=1",
+    ]
+    assert rows["as it was"]["all"] < rows["as it was, similarity-based pruning, N=1"]["all"]
+    code, shown, _ = run("finetune", "--constraint", out, "-o", tuned, *quick, "--resume")
+    assert code == 0
+    assert json.loads(shown) == rows
+    code, shown, _ = run("quality", tuned, f"{tuned}-plain", "--max-tokens", 1000, "--json")
+    assert code == 0
+    again = json.loads(shown)
+    assert again["tuned, similarity-based pruning, N=1"] == pytest.approx(
+        rows["fine-tuned, similarity-based pruning, N=1"]
+    )
+    assert again["tuned-plain"] == pytest.approx(rows["plainly fine-tuned"])
+    assert len(again["tuned-plain"]) > 1
+    code, shown, _ = run("quality", "--constraint", out, "--max-tokens", 500)
+    assert code == 0
+    assert re.search(r"coterie-zoo\s+│", shown)
+
+
+def test_codesign_writes_a_plan_and_its_constraint(tmp_path, capsys, monkeypatch):
+    quick = ("--max-tokens", 2100, "--rounds", 1, "--json")
+    code, shown, _ = coterie(capsys, monkeypatch, "codesign", "--top-t", 31, "-o", tmp_path / "both", *quick)
+    assert code == 0
+    assert json.loads(shown)["chosen"] == 1
+    assert load(tmp_path / "both").name == "device-aware C2R, T=31"
+    assert PlacementMap.load_from(tmp_path / "both" / "plan.json").topology.num_ranks == 4
+
+
+def test_mistakes_are_one_line(made, tmp_path, capsys, monkeypatch):
+    run, plan = made / "run.profile", made / "plan.json"
+    for arguments, message in (
+        (("constrain", run, "--method", "c2r"), "give --top-t from 7 to 63"),
+        (("constrain", run, "--method", "c2r", "--top-t", "6"), "T 6: .* between 7 .K-1. and 63"),
+        (("constrain", run, "--limit", "2"), "give --plan and --limit"),
+        (("constrain", run, "--limit", "0", "--plan", plan), "N 0: a token needs at least 1 rank"),
+        (("constrain", run, "--method", "similarity", "--limit", "2", "--plan", plan), "give --similarity"),
+        (
+            ("constrain", run, "--method", "similarity", "--limit", "2", "--plan", plan, "--similarity", plan),
+            "not a similarity table",
+        ),
+        (("finetune", "--constraint", tmp_path / "no"), "no such file; make a constraint"),
+        (("finetune", "--steps", "0"), "steps 0: must be at least 1"),
+        (("codesign", "--ranks", "0"), "0 ranks cannot share 64 experts"),
+        (("codesign", "--method", "similarity"), "takes c2r or router"),
+        (("quality", "--constraint", plan), "truncated, or not a constraint"),
+        (("profile", "--similarity", tmp_path / "s", "--resume", "-o", tmp_path / "p"), "leave --resume out"),
+    ):
+        code, _, error = coterie(capsys, monkeypatch, *arguments)
+        assert code == 1, arguments
+        assert error.count("\n") == 1, error
+        assert re.search(message, error), error
+
+
+def test_codesign_lowers_fan_out_until_it_does_not(capsys):
+    loaded = load_model(None, "cpu")
+    text = [Document.of(path.stem, path.read_text()[:6000]) for path in sorted(zoo.CALIBRATION.glob("*.txt"))]
+    batches = loaded.batches(text, 256, 8, 4096)
+    topology = Topology.for_experts(64, 4)
+    options = Options(num_kicks=2)
+
+    def plan(profile):
+        return make_plan(profile, topology, "metis", options)
+
+    rounds = alternate(loaded, batches, plan, lambda free, placement: device_aware_lists(free, placement, 31))
+    assert 2 <= len(rounds) <= 5
+    falling = [one.fan_out for one in rounds]
+    assert all(after <= before * (1 - SMALLEST_GAIN) for before, after in pairwise(falling[:-1]))
+    assert best(rounds).fan_out == min(falling)
+    assert all(np.isfinite(one.perplexity) and one.busiest_ingress <= 1 for one in rounds)
+    with pytest.raises(CoterieError, match="rounds 0"):
+        alternate(loaded, batches, plan, lambda _free, placement: limit_ranks(placement, 2), max_rounds=0)
+
+
+def test_suites_name_as_many_tasks_as_the_papers():
+    assert {name: len(set(tasks)) for name, tasks in SUITES.items()} == {"c2r": 10, "occult": 23}
+    assert task_names(["c2r", "piqa", "mine"]) == [*SUITES["c2r"], "mine"]
+
+
+def test_without_the_harness_the_extra_is_named(monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda *_: None)
+    with pytest.raises(CoterieError, match=r"pip install 'coterie\[lm-eval\]'"):
+        run_tasks(None, None, ["c2r"])
+
+
+TASK = """
+task: sums
+dataset_path: json
+dataset_kwargs: {data_files: {test: FILE}}
+test_split: test
+output_type: multiple_choice
+doc_to_text: "{{question}}"
+doc_to_choice: "{{choices}}"
+doc_to_target: "{{answer}}"
+metric_list: [{metric: acc}]
+"""
+
+
+@pytest.mark.skipif(importlib.util.find_spec("lm_eval") is None, reason="needs pip install 'coterie[lm-eval]'")
+def test_tasks_of_the_harness_run_constrained(made, tmp_path):
+    records = [{"question": f"{n} and 1 is", "choices": [f" {n + 1}", " no"], "answer": n % 2} for n in range(6)]
+    (tmp_path / "sums.jsonl").write_text("\n".join(map(json.dumps, records)))
+    (tmp_path / "sums.yaml").write_text(TASK.replace("FILE", str(tmp_path / "sums.jsonl")))
+    loaded = load_model(None, "cpu")
+    seen = []
+    limit = limit_ranks(PlacementMap.load_from(made / "plan.json"), 1)
+    for constraint in (None, limit):
+        with Recorder(loaded.model) as recorder:
+            found = run_tasks(loaded, constraint, ["sums"], folder=tmp_path)
+        seen.append(evaluate(PlacementMap.load_from(made / "plan.json"), recorder.trace()).fan_out.mean())
+        assert 0 <= found["sums"] <= 1
+    assert seen[1] == 1 < seen[0]
+    with pytest.raises(CoterieError, match="cannot be run"):
+        run_tasks(loaded, None, ["no-such-task"], folder=tmp_path)

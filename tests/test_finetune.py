@@ -1,0 +1,210 @@
+"""Fine-tuning under a constraint: it learns, repeats itself, goes on where it was stopped, and writes what loads again."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import tiny_model
+from test_constrain import tight
+from test_constraints import random_map
+from transformers import AutoModelForCausalLM
+
+from placement.constraints.config import load
+from placement.constraints.constrain import constrain
+from placement.constraints.examples import NO_LABEL, Example, Examples, collate, instruction_examples, text_examples
+from placement.constraints.finetune import Training, checkpoint_folder, finetune, train
+from placement.constraints.quality import perplexity
+from placement.cost import evaluate
+from profiler import CoterieError, Recorder, zoo
+from profiler.calibration import Document
+from profiler.families import read_spec
+from profiler.loading import LoadedModel, load_model
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return load_model(None, "cpu").tokenizer
+
+
+def examples(num=12, length=10):
+    rows = torch.randint(3, 64, (num, length), generator=torch.Generator().manual_seed(5))
+    return Examples([Example(row, row.clone()) for row in rows])
+
+
+SHORT = Training(steps=6, batch_size=4, learning_rate=3e-3, warmup_steps=1, save_steps=2, seed=3)
+
+
+class StopError(Exception):
+    pass
+
+
+@pytest.mark.parametrize("which", range(4))
+def test_training_learns_under_every_constraint(which, tmp_path):
+    model = tiny_model("olmoe")
+    constraint = tight(model)[which]
+    long = Training(steps=30, batch_size=6, learning_rate=1e-2, warmup_steps=2, save_steps=0)
+    losses = train(model, examples(), constraint, long, tmp_path / "work")
+    assert len(losses) == 30
+    assert losses[-1] < losses[0] - 0.3
+    if which >= 2:
+        with torch.no_grad(), constrain(model, constraint), Recorder(model) as recorder:
+            model(input_ids=examples()[0].input_ids[None])
+        assert (evaluate(random_map(read_spec(model, "tiny"), ranks=4), recorder.trace()).fan_out == 1).all()
+
+
+@pytest.mark.parametrize("family", ["qwen2_moe", "qwen3_moe", "mixtral", "deepseek_v2"])
+def test_families_train(family, tmp_path):
+    groups = {"n_group": 1, "topk_group": 1, "topk_method": "greedy"} if family == "deepseek_v2" else {}
+    model = tiny_model(family, **groups)
+    assert len(train(model, examples(), tight(model)[2], SHORT, tmp_path)) == 6
+
+
+def test_experts_and_routers_only(tmp_path):
+    model = tiny_model("olmoe")
+    before = {name: parameter.clone() for name, parameter in model.named_parameters()}
+    train(model, examples(), tight(model)[2], Training(**{**SHORT.__dict__, "part": "experts"}), tmp_path)
+    for name, parameter in model.named_parameters():
+        assert torch.equal(parameter, before[name]) == (".experts." not in name and ".gate." not in name), name
+        assert parameter.requires_grad
+    assert not model.config.output_router_logits
+
+
+def weights_after(tokenizer, out, **options):
+    model = tiny_model("olmoe")
+    loaded = LoadedModel("tiny", model, tokenizer)
+    finetune(loaded, examples(), tight(model)[3], SHORT, out, **options)
+    return (out / "model.safetensors").read_bytes()
+
+
+def test_same_seed_same_bytes_and_resuming_changes_nothing(tokenizer, tmp_path):
+    whole = weights_after(tokenizer, tmp_path / "whole")
+    assert weights_after(tokenizer, tmp_path / "again") == whole
+
+    def stop_at_5(step, _steps, _loss):
+        if step == 5:
+            raise StopError
+
+    out = tmp_path / "stopped"
+    with pytest.raises(StopError):
+        weights_after(tokenizer, out, on_step=stop_at_5)
+    assert not out.exists()
+    assert (checkpoint_folder(out) / "checkpoint-4").is_dir()
+    steps = []
+    assert weights_after(tokenizer, out, resume=True, on_step=lambda step, *_: steps.append(step)) == whole
+    assert steps == [5, 6]
+    assert weights_after(tokenizer, out, resume=True, on_step=stop_at_5) == whole  # nothing is left to do
+    assert not checkpoint_folder(out).exists()
+    assert len(json.loads((out / "finetune.json").read_text())["losses"]) == 6
+
+
+def test_what_was_written_loads_with_its_constraint(tokenizer, tmp_path):
+    model = tiny_model("olmoe")
+    constraint = tight(model)[2]
+    finetune(LoadedModel("tiny", model, tokenizer), examples(), constraint, SHORT, tmp_path / "out")
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    ids = examples()[0].input_ids[None]
+    with torch.no_grad(), constrain(model, constraint), constrain(loaded, load(tmp_path / "out")):
+        assert torch.equal(model(input_ids=ids).logits, loaded(input_ids=ids).logits)
+
+
+def test_runs_that_do_not_fit_are_refused(tokenizer, tmp_path):
+    model = tiny_model("olmoe")
+    loaded = LoadedModel("tiny", model, tokenizer)
+    out = tmp_path / "out"
+    with pytest.raises(CoterieError, match="leave --resume out"):
+        finetune(loaded, examples(), None, SHORT, out, resume=True)
+
+    def stop(*_):
+        raise StopError
+
+    with pytest.raises(StopError):
+        finetune(loaded, examples(), None, SHORT, out, on_step=stop)
+    with pytest.raises(CoterieError, match="was begun with other seed"):
+        finetune(loaded, examples(), None, Training(**{**SHORT.__dict__, "seed": 4}), out, resume=True)
+    with pytest.raises(CoterieError, match="examples_digest"):
+        finetune(loaded, examples(length=9), None, SHORT, out, resume=True)
+    (tmp_path / "mine").mkdir()
+    with pytest.raises(CoterieError, match="is no fine-tuned model"):
+        finetune(loaded, examples(), None, SHORT, tmp_path / "mine")
+    other = tight(tiny_model("mixtral"))[0]
+    with pytest.raises(CoterieError, match="the constraint is for"):
+        finetune(loaded, examples(), other, SHORT, tmp_path / "fresh")
+    assert not checkpoint_folder(tmp_path / "fresh").exists()
+    for wrong in ({"steps": 0}, {"learning_rate": 0.0}, {"batch_size": 4, "micro_batch_size": 3}):
+        with pytest.raises(CoterieError, match="must"):
+            Training(**{**SHORT.__dict__, **wrong})
+
+
+def test_conversations_teach_answers_only(tokenizer, tmp_path):
+    loaded = LoadedModel("zoo", tiny_model("olmoe", vocab_size=4096), tokenizer)
+    path = tmp_path / "chats.jsonl"
+    records = [
+        {"instruction": "Add these.", "input": "1 and 2", "output": "three"},
+        {"conversations": ["How are you?", "well, thanks", "And now?", "still well"]},
+        {"conversations": [{"from": "human", "value": "Hello"}, {"from": "gpt", "value": "good day"}]},
+        {"messages": [{"role": "user", "content": "Bye"}, {"role": "assistant", "content": "farewell"}]},
+    ]
+    path.write_text("\n".join(map(json.dumps, records)))
+    learned = []
+    for row in instruction_examples(loaded, [path], 64):
+        learned.append(tokenizer.decode(row.labels[row.labels != NO_LABEL], skip_special_tokens=True).split("\n"))
+    assert learned == [["three", ""], ["well, thanks", "still well", ""], ["good day", ""], ["farewell", ""]]
+    tokenizer_with_template = load_model(None, "cpu").tokenizer
+    tokenizer_with_template.chat_template = (
+        "{% for m in messages %}<{{ m.role }}>{{ m.content }}</>{% endfor %}"
+        "{% if add_generation_prompt %}<assistant>{% endif %}"
+    )
+    with_template = LoadedModel("zoo", loaded.model, tokenizer_with_template)
+    rows = instruction_examples(with_template, [path], 64)
+    texts = [tokenizer.decode(row.labels[row.labels != NO_LABEL]) for row in rows]
+    assert texts == ["three</>", "well, thanks</>still well</>", "good day</>", "farewell</>"]
+    assert tokenizer.decode(rows[1].input_ids) == (
+        "<user>How are you?</><assistant>well, thanks</><user>And now?</><assistant>still well</>"
+    )
+    path.write_text('{"text": "no conversation"}')
+    with pytest.raises(CoterieError, match="line 1: no conversation"):
+        instruction_examples(loaded, [path], 64)
+    path.write_text("{")
+    with pytest.raises(CoterieError, match="not JSON lines"):
+        instruction_examples(loaded, [path], 64)
+    with pytest.raises(CoterieError, match="no such file"):
+        instruction_examples(loaded, [Path("missing.jsonl")], 64)
+
+
+def test_text_is_learned_once_and_padding_never(tokenizer):
+    loaded = LoadedModel("zoo", tiny_model("olmoe", vocab_size=4096), tokenizer)
+    text = (zoo.HELD_OUT / "novels.txt").read_text()[:2000]
+    rows = text_examples(loaded, [Document.of("novels", text)], 50)
+    whole = torch.cat([row.input_ids for row in rows])
+    assert whole.tolist() == tokenizer(text, add_special_tokens=False)["input_ids"][: len(whole)]
+    batch = collate([rows[0], rows[len(rows) - 1]])
+    assert (batch["labels"][batch["attention_mask"] == 0] == NO_LABEL).all()
+
+
+def test_perplexity_is_that_of_each_token(tokenizer):
+    model = tiny_model("olmoe", vocab_size=4096)
+    loaded = LoadedModel("zoo", model, tokenizer)
+    documents = [
+        Document.of("a", "some words of one domain, and then a few more"),
+        Document.of("a", "short"),
+        Document.of("b", "another domain"),
+    ]
+    found = perplexity(model, loaded.batches(documents, 8, 4), "cpu")
+    nats, tokens = {"a": 0.0, "b": 0.0}, {"a": 0, "b": 0}
+    for document in documents:
+        ids = torch.tensor(tokenizer(document.read(), add_special_tokens=False)["input_ids"])
+        for sequence in ids.split(8):
+            with torch.no_grad():
+                log_p = model(input_ids=sequence[None]).logits[0].log_softmax(dim=-1)
+            for place, token in enumerate(sequence[1:]):
+                nats[document.domain] -= float(log_p[place, token])
+                tokens[document.domain] += 1
+    assert found.tokens == tokens
+    for domain in nats:
+        assert found.nats[domain] == pytest.approx(nats[domain], rel=1e-4)
+    assert found.overall == pytest.approx(
+        float(torch.tensor(sum(nats.values()) / sum(tokens.values())).exp()), rel=1e-4
+    )
+    with pytest.raises(CoterieError, match="nothing can be predicted"):
+        perplexity(model, [], "cpu")

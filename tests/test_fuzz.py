@@ -1,0 +1,405 @@
+"""Broken files of every kind that a command reads: a result or one clear line, and nothing left behind.
+
+Seeded, so that a case that fails can be run again by its number.  300 cases in the normal run; COTERIE_FUZZ says
+another number (`make fuzz`: 3,000).
+"""
+
+import hashlib
+import json
+import os
+import pickle
+import shutil
+import signal
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from conftest import make_spec, make_trace, random_ids
+from safetensors import SafetensorError
+from safetensors.numpy import load_file, save_file
+from test_engine_mistakes import ENGINES, write_valid
+
+from placement import cli
+from placement.exporters import eplb, sglang, tensorrt_llm, vllm_ascend
+from placement.exporters.contract import ServedModel, write_export
+from placement.placement_map import PlacementMap
+from placement.topology import Topology
+from profiler import Profile, zoo
+from profiler.folder import content_digest, header_digest
+from profiler.spec import MoESpec
+
+NUM_CASES = int(os.environ.get("COTERIE_FUZZ", "300"))
+SECONDS = 60
+"""After which a command hangs; the first one compiles."""
+
+
+class Trap:
+    """Leaves a folder behind if it is ever unpickled."""
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return os.mkdir, ("was-run",)
+
+
+def a_profile(here: Path) -> None:
+    trace = make_trace(random_ids(0, 2, 200, 8, 2), num_sequences=8)
+    Profile.from_tokens(make_spec(2, 8, 2), ["prose", "code"], trace, {"made": "up"}).save(here / "run.profile")
+
+
+def a_plan(here: Path) -> PlacementMap:
+    rows = np.stack([np.random.default_rng(layer).permutation(8) for layer in range(2)])
+    figure = {"mean": 1.5, "worst": 2.0}
+    figures = dict.fromkeys(("fan_out", "busiest_ingress", "imbalance_ratio", "intra_share"), figure)
+    metrics = {"linear": {"train": figures, "held_out": figures, "tokens_planned_on": 9, "tokens_measured_on": 9}}
+    plan = PlacementMap(make_spec(2, 8, 2), Topology(1, 4, 2), rows, {"name": "any"}, metrics=metrics)
+    plan.save(here / "plan.json")
+    return plan
+
+
+def a_foreign_map(name: str) -> Callable[[Path], None]:
+    def make(here: Path) -> None:
+        a_profile(here)
+        plan, served = a_plan(here), ServedModel(2)
+        engines = {"json": sglang.ENGINE, "yaml": tensorrt_llm.ENGINE, "safetensors": eplb.ENGINE}
+        if name == "ascend.json":
+            write_export(vllm_ascend.ENGINE, plan, here / name, served)
+        elif name == "map.npy":
+            np.save(here / name, plan.physical_to_logical_map)
+        elif name == "map.pt":
+            rows = torch.from_numpy(plan.physical_to_logical_map)
+            torch.save({"physical_to_logical_map": rows}, here / name)
+        else:
+            write_export(engines[name.partition(".")[2]], plan, here / name, served)
+
+    return make
+
+
+def a_checkpoint(here: Path) -> None:
+    (here / "model").mkdir()
+    spec = a_plan(here).model
+    tensors: dict[str, np.ndarray] = {}
+    for layer in spec.layer_ids:
+        tensors[f"model.layers.{layer}.mlp.gate.weight"] = np.ones((8, 3), np.float32)
+        for expert in range(8):
+            tensors[f"model.layers.{layer}.mlp.experts.{expert}.up_proj.weight"] = np.ones((2, 3), np.float32)
+    names = {name: f"model-0000{1 + number % 2}-of-00002.safetensors" for number, name in enumerate(tensors)}
+    for file in set(names.values()):
+        save_file({name: tensor for name, tensor in tensors.items() if names[name] == file}, here / "model" / file)
+    index = {"metadata": {"total_size": 1}, "weight_map": names}
+    (here / "model" / "model.safetensors.index.json").write_text(json.dumps(index))
+    (here / "model" / "config.json").write_text(json.dumps({"model_type": "olmoe", "num_hidden_layers": 2}))
+
+
+def arrays(here: Path) -> None:
+    ids = random_ids(0, 2, 60, 8, 2).transpose(1, 0, 2)
+    more = {"sequence_ids": np.arange(60) // 10, "domain_ids": np.arange(60) % 2, "layer_ids": np.array([0, 3])}
+    weights, names = np.random.default_rng(0).random(ids.shape), np.array(["prose", "code"])
+    np.savez(here / "r.npz", topk_ids=ids, topk_weights=weights, domain_names=names, num_experts=np.array(8), **more)
+    np.save(here / "r.npy", ids)
+
+
+def texts(here: Path) -> None:
+    (here / "texts").mkdir()
+    (here / "texts" / "a.txt").write_text("Some text, and m\u00f6re of it.\n" * 20, encoding="utf-8")
+    records = [{"text": "a text"}, {"text": "more"}, {"text": "b", "domain": "c"}]
+    (here / "texts" / "b.jsonl").write_text("\n".join(map(json.dumps, records)))
+
+
+def recording(engine: str) -> Callable[[Path], None]:
+    def make(here: Path) -> None:
+        (here / "recording").mkdir()
+        write_valid(engine, here / "recording")
+
+    return make
+
+
+EXPORTS = [
+    ["export", "plan.json", "--to", to, "--num-hidden-layers", "4", "-o", f"out/x{suffix}"]
+    for to, suffix in [
+        ("sglang", ".json"),
+        ("tensorrt-llm", ".yaml"),
+        ("vllm", ".json"),
+        ("vllm-ascend", ".json"),
+        ("eplb", ".safetensors"),
+    ]
+]
+SHAPE = ["--num-experts", "8", "--top-k", "2", "--num-hidden-layers", "2"]
+IMPORT_OF = {"vllm": "vllm", "tensorrt-llm": "tensorrt-llm", "raw": "tensorrt-llm", "megatron": "megatron"}
+TARGETS: dict[str, tuple[Callable[[Path], Any], list[list[str]]]] = {
+    "profile": (
+        lambda here: (a_profile(here), a_plan(here)),
+        [
+            ["plan", "run.profile", "--ranks", "2", "--strategy", "load", "--kicks", "1", "-o", "out/plan.json"],
+            ["evaluate", "plan.json", "run.profile"],
+            ["profile", "merge", "run.profile", "run.profile", "-o", "out/merged.profile"],
+            ["profile", "split", "run.profile", "--by", "domain", "-o", "out/parts"],
+        ],
+    ),
+    "plan": (lambda here: (a_profile(here), a_plan(here)), [["evaluate", "plan.json", "run.profile"], *EXPORTS]),
+    "checkpoint": (
+        a_checkpoint,
+        [["export", "plan.json", "--to", "checkpoint", "--model", "model", "-o", "out/planned"], EXPORTS[0]],
+    ),
+    "arrays": (arrays, [["import", "numpy", name, "-o", "out/run.profile"] for name in ("r.npz", "r.npy")]),
+    "texts": (texts, [["texts"]]),
+    **{
+        name: (a_foreign_map(name), [["evaluate", name, "run.profile", "--ranks", "4"]])
+        for name in ("map.json", "map.yaml", "ascend.json", "map.npy", "map.pt", "map.safetensors")
+    },
+    **{
+        f"recording {engine}": (
+            recording(engine),
+            [["import", IMPORT_OF.get(engine, "sglang"), "recording", *SHAPE, "-o", "out/run.profile"]],
+        )
+        for engine in ENGINES
+    },
+}
+"""By kind: what makes valid files, and the commands that read them."""
+
+
+def mutate_bytes(rng: np.random.Generator, data: bytes) -> bytes:
+    content, kind = bytearray(data), rng.integers(7)
+    place = int(rng.integers(len(content) + 1))
+    if kind == 0:
+        return bytes(content[:place])
+    if kind == 1:
+        for at in rng.integers(len(content), size=int(rng.integers(1, 9))) if content else ():
+            content[at] = rng.integers(256)
+    elif kind == 2:
+        content[place:place] = rng.bytes(int(rng.integers(1, 20)))
+    elif kind == 3:
+        return bytes(rng.bytes(int(rng.integers(60))))
+    elif kind == 4:
+        content[place : place + int(rng.integers(1, 40))] = b""
+    elif kind == 5:
+        content[place:place] = content[: int(rng.integers(len(content) + 1))]
+    else:
+        content[place : place + 8] = bytes([int(rng.choice([0, 255]))]) * 8
+    return bytes(content)
+
+
+JUNK: list[Any] = [
+    None, True, "", "x", "[/]", "../../x", "a\nb", "\ud800", -1, 0, 3, 10**30, 0.5, float("nan"), float("inf"), [], {},
+    [1, "a"], [[1], [1, 2]], {"a": 1}, [[[]]], "9" * 5000, [0] * 1000,
+]  # fmt: skip
+ODD_ARRAYS = [
+    np.zeros(0), np.full((2, 8), np.nan), np.full((2, 8), 99), np.array(3), np.array("x"), np.array([["a"]]),
+    np.zeros((60, 2, 2), np.float16), np.full((60, 2, 2), 255, np.uint8), np.full((60, 2, 2), -(2**62)),
+    np.array([2**63], np.uint64), np.zeros((2, 0)), np.array([True]), np.array([1j]), np.array(["law", "law"]),
+]  # fmt: skip
+
+
+def places(value: Any, path: tuple = ()) -> Iterator[tuple]:
+    yield path
+    if isinstance(value, dict | list):
+        for key, inner in list(value.items() if isinstance(value, dict) else enumerate(value))[:40]:
+            yield from places(inner, (*path, key))
+
+
+def put(rng: np.random.Generator, value: Any, path: tuple, junk: Any) -> Any:
+    """With something else in one place, without it, or with it under another name."""
+    if not path:
+        return junk
+    changed = dict(value) if isinstance(value, dict) else list(value)
+    if len(path) == 1 and rng.integers(4) == 0:
+        gone = changed.pop(path[0])
+        if isinstance(changed, dict) and rng.integers(2):
+            changed[str(rng.choice(["more", "../x", "", "[/]"]))] = gone
+        return changed
+    changed[path[0]] = put(rng, value[path[0]], path[1:], junk)
+    return changed
+
+
+def changed_json(rng: np.random.Generator, value: Any) -> Any:
+    every = list(places(value))
+    return put(rng, value, every[rng.integers(len(every))], JUNK[rng.integers(len(JUNK))])
+
+
+def mutate_content(rng: np.random.Generator, path: Path) -> bool:
+    """Well-formed, with something unfit in it; False where the file is of no such kind."""
+    try:
+        if path.suffix == ".json":
+            path.write_text(json.dumps(changed_json(rng, json.loads(path.read_text()))))
+        elif path.suffix == ".jsonl":
+            lines = path.read_text().splitlines()
+            at = int(rng.integers(len(lines)))
+            lines[at] = json.dumps(changed_json(rng, json.loads(lines[at])))
+            path.write_text("\n".join(lines))
+        elif path.suffix == ".yaml":
+            import yaml
+
+            value = changed_json(rng, yaml.safe_load(path.read_text()))
+            path.write_text(yaml.safe_dump(value, default_flow_style=None))
+        elif path.suffix in (".npz", ".safetensors"):
+            held = dict(np.load(path)) if path.suffix == ".npz" else load_file(path)
+            name = str(rng.choice(list(held)))
+            choice = rng.integers(4)
+            if choice == 0:
+                held[str(rng.choice(["more", "0_1", "x/../../y"]))] = held.pop(name)
+            elif choice == 1:
+                held[name] = held[name][..., :-1] if held[name].ndim else held[name].reshape(1)
+            elif choice == 2 and held[name].dtype.kind in "iu":
+                held[name] = held[name] + held[name].dtype.type(rng.integers(1, 200))
+            else:
+                held[name] = ODD_ARRAYS[rng.integers(len(ODD_ARRAYS))]
+            if path.suffix == ".npz":
+                np.savez(path, **held)
+            else:
+                save_file({key: np.ascontiguousarray(value) for key, value in held.items()}, path)
+        elif path.suffix == ".npy":
+            np.save(path, ODD_ARRAYS[rng.integers(len(ODD_ARRAYS))])
+        elif path.suffix == ".pt":
+            content = torch.load(path, weights_only=True)
+            tensors = [torch.zeros(0), torch.full((2, 8), float("nan")), torch.full((2, 30, 8), 99), torch.tensor(3)]
+            tensors += [torch.ones(1, dtype=torch.int32).expand(10**7, 10**7), torch.eye(2).to_sparse()]
+            junk = tensors[rng.integers(len(tensors))] if rng.integers(2) else JUNK[rng.integers(len(JUNK))]
+            every = list(places(content))
+            torch.save(put(rng, content, every[rng.integers(len(every))], junk), path)
+        else:
+            return False
+    except (TypeError, ValueError, UnicodeError, SafetensorError):  # what this kind of file cannot hold
+        return False
+    return True
+
+
+def set_trap(rng: np.random.Generator, path: Path) -> None:
+    if path.suffix in (".npy", ".npz"):
+        np.save(path.with_suffix(".npy"), np.array([Trap()], dtype=object), allow_pickle=True)
+        path.with_suffix(".npy").replace(path)
+    elif path.suffix == ".pt" and rng.integers(2):
+        torch.save({"records": [Trap()], "logical_count": Trap()}, path)
+    elif path.suffix in (".yaml", ".json", ".jsonl"):
+        depth = int(rng.choice([900, 100_000]))
+        hostile = ["!!python/object/apply:os.mkdir ['was-run']", "[" * depth, '{"a":' * depth, "1" * 10_000]
+        path.write_text(str(rng.choice(hostile)))
+    else:
+        path.write_bytes(pickle.dumps(Trap()))
+
+
+def sign_again(rng: np.random.Generator, folder: Path) -> None:
+    """Give a changed profile the hashes that fit, so that what is behind them is checked too."""
+    header = json.loads((folder / "profile.json").read_text())
+    files = {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in folder.glob("*.safetensors")}
+    value = changed_json(rng, header) if rng.integers(2) else header
+    try:
+        value["files"] = files
+        value["digest"] = content_digest(MoESpec.from_json(value["model"]), value["domains"], files)
+        value["header_digest"] = header_digest(value)
+    except Exception:
+        pass
+    (folder / "profile.json").write_text(json.dumps(value))
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+@contextmanager
+def no_longer_than(seconds: int) -> Iterator[None]:
+    def late(_signal: int, _frame: object) -> None:
+        raise AssertionError(f"hangs: {seconds} s")
+
+    before = signal.signal(signal.SIGALRM, late)
+    signal.alarm(seconds)
+    try:
+        yield
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, before)
+
+
+def read_texts(tokenizer: Any) -> None:
+    """What `coterie profile` does before it has a model."""
+    from profiler.calibration import make_batches, read_documents
+
+    for batch in make_batches(read_documents(["texts"]), tokenizer, 32, 4):
+        assert batch.input_ids.ndim == 2
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> Any:
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(zoo.MODEL)
+
+
+@pytest.fixture(scope="module")
+def valid(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Valid files of every kind, made once."""
+    out = {}
+    for kind, (make, _) in TARGETS.items():
+        out[kind] = tmp_path_factory.mktemp("valid")
+        make(out[kind])
+    return out
+
+
+def run(command: list[str], tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> int:
+    """Exit code; whatever `main` lets through comes out as it is."""
+    monkeypatch.setattr(sys, "argv", ["coterie", *command])
+    try:
+        if command == ["texts"]:
+            monkeypatch.setattr(cli, "app", lambda: read_texts(tokenizer))
+        cli.main()
+    except SystemExit as stop:
+        return int(stop.code or 0)
+    finally:
+        monkeypatch.undo()
+    return 0
+
+
+@pytest.mark.parametrize("kind", TARGETS)
+def test_valid_files_are_read(kind, valid, tokenizer, tmp_path, monkeypatch, capsys):
+    """Else the cases below would prove nothing."""
+    shutil.copytree(valid[kind], tmp_path, dirs_exist_ok=True)
+    for command in TARGETS[kind][1]:
+        monkeypatch.chdir(tmp_path)
+        assert run(command, tokenizer, monkeypatch) == 0, capsys.readouterr().err
+
+
+@pytest.mark.parametrize("kind", TARGETS)
+def test_broken_files_are_one_line(kind, valid, tokenizer, tmp_path, capsys):
+    own = list(TARGETS).index(kind)
+    for case in range(own, NUM_CASES, len(TARGETS)):
+        here = tmp_path / str(case)
+        shutil.copytree(valid[kind], here)
+        fuzz(case, TARGETS[kind][1], here, tokenizer, capsys)
+        shutil.rmtree(here)
+
+
+def fuzz(case: int, commands: list[list[str]], here: Path, tokenizer: Any, capsys: Any) -> None:
+    rng = np.random.default_rng(case)
+    command = commands[rng.integers(len(commands))]
+    files = sorted(path for path in here.rglob("*") if path.is_file() and not path.name.endswith(".provenance.json"))
+    read = [path for path in files if any(path.is_relative_to(here / word) for word in command if word)]
+    path = read[rng.integers(len(read))]
+    how = rng.integers(10)
+    if how == 0:
+        set_trap(rng, path)
+    elif how < 4 or not mutate_content(rng, path):
+        path.write_bytes(mutate_bytes(rng, path.read_bytes()))
+    if how > 6 and path.parent.name == "run.profile" and path.name != "profile.json":
+        sign_again(rng, path.parent)
+    before = contents(here)
+    (here / "out").mkdir()
+    with pytest.MonkeyPatch.context() as patch, no_longer_than(SECONDS):
+        patch.chdir(here)
+        try:
+            with pytest.MonkeyPatch.context() as inner:
+                code = run(command, tokenizer, inner)
+        except BaseException as error:
+            raise AssertionError(f"case {case}, {' '.join(command)}, {path.name}: {error!r}") from error
+    said = capsys.readouterr().err
+    assert code in (0, 1), (case, said)
+    after = contents(here)
+    assert not (here / "was-run").exists(), case
+    assert {name: data for name, data in after.items() if not name.startswith("out/")} == before, case
+    if code == 1:
+        errors = [line for line in said.splitlines() if line.startswith("error: ")]
+        assert len(errors) == 1, (case, said)
+        assert said.rstrip("\n").endswith(errors[0]), (case, said)
+        assert not [name for name in after if name.startswith("out/")], (case, said)
+        assert not list((here / "out").glob(".*")), case
