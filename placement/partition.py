@@ -188,7 +188,8 @@ class _Search:
     def relax(self, rows: Ints, most: int, deadline: float) -> _Relaxed:
         """Column generation over `rows`, until the bound exceeds `most` or no column is undervalued."""
         bound = 0
-        penalty = float(max(1, self.cost[rows].max(initial=0)))
+        # Above the cost of any partition: leaving an expert out must never be the cheaper way.
+        penalty = float(max(1, self.num_ranks * self.cost[rows].max(initial=0)))
         while True:
             used = rows[self.in_program[rows]]
             y, value, share = _prices(self.columns.members[used], self.cost[used], self.num_experts, penalty)

@@ -138,6 +138,15 @@ def test_matching_and_set_partitioning_agree_where_both_apply(problem):
     assert answers[0] == answers[1]
 
 
+def test_leaving_an_expert_out_is_never_the_cheaper_way():
+    """Few tokens, so that groups cost little: the relaxation once left experts out and could prove 3.75 only."""
+    ids = np.array([[0, 3, 4, 6], [0, 3, 4, 6], [3, 4, 6, 7], [3, 5, 6, 7]], dtype=np.uint8)
+    problem = problem_of(ids, 8, 4, 1.0)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(certify_module, "MAX_MATCHED", 0)
+        assert optimal_fan_out(problem, linear_plan(problem), FAR).bound == 4
+
+
 @given(problems())
 def test_ingress_of_groups_by_either_way(problem):
     columns = all_columns(problem, np.inf)
