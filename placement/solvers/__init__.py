@@ -46,15 +46,18 @@ STRATEGIES: dict[str, Strategy] = {
 
 ALWAYS_COMPARED = ("linear", "random", "load", "search")
 
-LEAST_LOAD_CAP, LOAD_CAP_OF_ONE_EXPERT, MOST_LOAD_CAP = 1.065, 0.48, 1.15
-"""The default load cap is 1 + 0.48 / slots a rank, between these: the fewer experts a rank holds, the more traffic it
+LEAST_LOAD_CAP, LOAD_CAP_OF_ONE_EXPERT, MOST_LOAD_CAP = 1.06, 0.5, 1.15
+"""The default load cap is 1 + 0.5 / slots a rank, between these: the fewer experts a rank holds, the more traffic it
 costs to balance them.  Chosen on recorded routing, see docs/log.md."""
 
 NUM_FOLDS = 4
 """Parts of the sequences that a plan has to be good on; how other numbers did is in docs/log.md."""
 
-TOGETHER = 0.5
+TOGETHER = 0.75
 """What all tokens together count beside the mean over folds: a fold alone overstates how far sequences differ."""
+
+TRANSFER_TO_COMPUTE = 1.75
+"""How much longer than a random plan's experts its dispatch, and its combine, are taken to last where no links are given."""
 
 OBJECTIVES = ("time", "fan-out", "balance", "collaboration")
 
@@ -200,7 +203,7 @@ def objective_of(model: MoESpec, topology: Topology, options: Options) -> Object
     """The objective in the units of `contract.Objective`.
 
     `time` on a topology with links is the slope of `predicted_time`.  Without links, or where the model's sizes are not
-    known, dispatch and combine are each taken to last twice as long as the experts do in a random plan.
+    known, dispatch and combine are each taken to last `TRANSFER_TO_COMPUTE` times as long as a random plan's experts.
     """
     if options.objective == "fan-out":
         return Objective(fan_out=1.0)
@@ -214,9 +217,9 @@ def objective_of(model: MoESpec, topology: Topology, options: Options) -> Object
         return Objective(load=1.0)
     across = 0.5 if topology.num_nodes > 1 else 0.0
     return Objective(
-        ingress=2 * (1 - across) / touching_share(model, topology.num_ranks),
-        node_ingress=2 * across / touching_share(model, topology.num_nodes),
-        load=0.5,
+        ingress=2 * TRANSFER_TO_COMPUTE * (1 - across) / touching_share(model, topology.num_ranks),
+        node_ingress=2 * TRANSFER_TO_COMPUTE * across / touching_share(model, topology.num_nodes),
+        load=1.0,
     )
 
 

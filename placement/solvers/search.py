@@ -26,7 +26,7 @@ from placement.topology import Topology
 Ints = npt.NDArray[np.int64]
 
 
-KICKS = 60
+KICKS = 80
 """Rounds of the search; more gain less than one part in a hundred on recorded routing."""
 
 FEWEST_KICKS = 6
@@ -34,7 +34,7 @@ FEWEST_KICKS = 6
 MANY_KICKS = 30
 """Rounds from which on it pays to look for other starts."""
 
-LARGE = 600_000
+LARGE = 500_000
 """Experts times token sets of a layer from which on rounds become fewer, so that they cost about the same in all."""
 
 MAX_SETS = 20_000

@@ -29,7 +29,7 @@ Ints = npt.NDArray[np.int64]
 DOUBLINGS = (3, 4)
 """Descents take norms with p = 2^3, then 2^4: first one that feels several ranks, then one closer to the maximum."""
 
-SWAPS_PER_KICK = 4
+SWAPS_PER_KICK = 3
 
 
 @dataclass(frozen=True)
