@@ -14,6 +14,23 @@ from profiler.profile import Profile
 from profiler.spec import MoESpec
 from profiler.trace import TokenTrace, ids_dtype
 
+STARTING_RANKS = {
+    "test_bench",
+    "test_constrained_runtime",
+    "test_engine",
+    "test_membership",
+    "test_network",
+    "test_runtime",
+}
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests run in two processes, each file in one of them, and those that start ranks one after another in the same."""
+    for item in items:
+        name = item.path.stem
+        item.add_marker(pytest.mark.xdist_group("ranks" if name in STARTING_RANKS else name))
+
+
 __all__ = ["FAMILIES", "make_spec", "make_trace", "profile", "random_ids", "tiny_model", "traces"]
 
 settings.register_profile("ci", deadline=None, max_examples=40, suppress_health_check=[HealthCheck.too_slow])

@@ -57,7 +57,7 @@ TOGETHER = 0.75
 """What all tokens together count beside the mean over folds: a fold alone overstates how far sequences differ."""
 
 TRANSFER_TO_COMPUTE = 1.75
-"""How much longer than a random plan's experts its dispatch, and its combine, are taken to last where no links are given."""
+"""How many times as long as a random plan's experts its dispatch, and its combine, are taken to last without links."""
 
 OBJECTIVES = ("time", "fan-out", "balance", "collaboration")
 

@@ -2,9 +2,10 @@
 
 Copying experts one by one onto a finished plan leaves the plan as it was made for one copy each.  Here every slot may
 change: slots swap experts, and a slot with one of several copies may take another expert.  After each change the
-tokens that hold one of the experts concerned choose their ranks anew, by the rule of `choice.py`, with the loads as
-they then are; the objective is that of all tokens.  Changes that make it worse are kept at first with a probability
-that falls to nothing: simulated annealing (Kirkpatrick, Gelatt and Vecchi, 1983).
+tokens that hold one of the experts concerned choose their ranks anew, by the rule of `choice.py`, with the loads of
+their fold as they then are: so a plan is balanced where choices can balance it, whatever the traffic.  Changes that
+make it worse are kept at first with a probability that falls to nothing: simulated annealing (Kirkpatrick, Gelatt and
+Vecchi, 1983).
 """
 
 from __future__ import annotations
@@ -27,17 +28,17 @@ from placement.solvers.swaps import DOUBLINGS, Effort, Tokens, Weights, over_fol
 Floats = npt.NDArray[np.float64]
 Ints = npt.NDArray[np.int64]
 
-TRIES_PER_KICK = 200
+TRIES_PER_KICK = 90
 """Changes tried for each kick that a search without copies would make; they cost about the same."""
 
-MAX_SETS = 10_000
+MAX_SETS = 4_000
 """Token sets to judge changes by: a draw of so many tokens where there are more."""
 
-BALANCED = 1.02
-"""Copies can balance nearly any load: no rank is to have more than this over the mean, or than the load-only plan."""
+LOAD_COUNTS = 5.0
+"""How much more load weighs here than without copies: these balance nearly any load, for a little of the traffic."""
 
 EXCESS_COUNTS = 5.0
-"""Shares of the objective that each share of the mean load above that costs."""
+"""Shares of the objective that each share of the mean load above the load-only plan's busiest rank costs."""
 
 HOTTEST = 0.002
 """Share of the objective by which a change may be worse and still be kept once in e times at the start."""
@@ -52,11 +53,9 @@ def search_copies(problem: LayerProblem, slots: Slots, rng: np.random.Generator,
     topology = problem.topology
     shape = (topology.num_nodes, topology.ranks_per_node, topology.slots_per_rank)
     tokens, weights = prepare(_mixed(problem.drawn(MAX_SETS, rng), rng)), weights_of(problem)
+    weights = weights._replace(load=LOAD_COUNTS * weights.load)
     balanced = _served(tokens, _room_for_copies(load_only(problem, rng), problem), shape)
-    load_cap = min(
-        problem.load_cap,
-        max(BALANCED, float((balanced.load @ tokens.fold_shares).max() / (tokens.mean_load @ tokens.fold_shares))),
-    )
+    load_cap = min(problem.load_cap, _highest_load(balanced, tokens))
     ranks_EX = _room_for_copies(slots, problem)
     served = _served(tokens, ranks_EX, shape)
     best, best_value = slots.copy(), np.array([np.inf])
@@ -102,7 +101,7 @@ class Served(NamedTuple):
     reached: Floats  # (R, F)
     node_reached: Floats  # (N, F)
     load: Floats  # (R, F)
-    total_load: Floats  # (R,)
+    total_load: Floats  # (F, R) the same for choices: a fold knows of no other fold's loads, as other traffic will not
 
 
 @numba.njit(cache=True, nogil=True)
@@ -115,13 +114,13 @@ def _served(tokens: Tokens, ranks_EX: Ints, shape: tuple[int, int, int]) -> Serv
         np.zeros((num_ranks, num_folds)),
         np.zeros((num_nodes, num_folds)),
         np.zeros((num_ranks, num_folds)),
-        np.zeros(num_ranks),
+        np.zeros((num_folds, num_ranks)),
     )
     seen, node_seen = np.zeros(num_ranks, np.int64), np.zeros(num_nodes, np.int64)
     experts, ranks = np.empty(tokens.sets.shape[1], np.int64), np.empty(tokens.sets.shape[1], np.int64)
     for row in range(len(tokens.sets)):
         experts[:] = tokens.sets[row]
-        choose(experts, ranks_EX, ranks_per_node, out.total_load, seen, node_seen, ranks)
+        choose(experts, ranks_EX, ranks_per_node, out.total_load[tokens.folds[row]], seen, node_seen, ranks)
         out.chosen[row] = ranks
         _count(row, 1.0, tokens, ranks_per_node, seen, node_seen, out)
     return out
@@ -192,7 +191,7 @@ def _anneal(
             marked[row] = False
             _count(row, -1.0, tokens, ranks_per_node, seen, node_seen, served)
             experts[:] = tokens.sets[row]
-            choose(experts, ranks_EX, ranks_per_node, served.total_load, seen, node_seen, out)
+            choose(experts, ranks_EX, ranks_per_node, served.total_load[tokens.folds[row]], seen, node_seen, out)
             served.chosen[row] = out
             _count(row, 1.0, tokens, ranks_per_node, seen, node_seen, served)
         found = _value(served, tokens, weights, load_cap, worst_fold)
@@ -230,7 +229,7 @@ def _count(
     for rank in ranks:
         if rank >= 0:
             served.load[rank, fold] += share
-            served.total_load[rank] += share
+            served.total_load[fold, rank] += share
             if not seen[rank]:
                 seen[rank] = 1
                 served.reached[rank, fold] += share
@@ -270,10 +269,20 @@ def _value(served: Served, tokens: Tokens, weights: Weights, load_cap: float, wo
                 reached = node_reached[fold] if fold < num_folds else (node_reached * shares).sum()
                 powers += power(max(reached, 0.0), doublings)
             of_fold[fold] += weights.node_ingress * root(powers, doublings)
-    highest = 0.0
-    for rank in range(num_ranks):
-        highest = max(highest, (served.load[rank] * shares).sum() / mean_load)
-    return over_folds(of_fold, tokens.counts, worst_fold) * (1.0 + EXCESS_COUNTS * max(highest - load_cap, 0.0))
+    excess = max(_highest_load(served, tokens) - load_cap, 0.0)
+    return over_folds(of_fold, tokens.counts, worst_fold) * (1.0 + EXCESS_COUNTS * excess)
+
+
+@numba.njit(cache=True, nogil=True)
+def _highest_load(served: Served, tokens: Tokens) -> float:
+    """The busiest rank's load over the mean, averaged over folds."""
+    out = 0.0
+    for fold in range(len(tokens.fold_shares)):
+        highest = 0.0
+        for load in served.load[:, fold]:
+            highest = max(highest, load)
+        out += tokens.fold_shares[fold] * highest / tokens.mean_load[fold]
+    return out
 
 
 @numba.njit(cache=True, nogil=True)
