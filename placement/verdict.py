@@ -94,6 +94,7 @@ def _worth(insight: Insight) -> Answer:
             f"It gains most in layer {ids[best]} ({gain_L[best]:+.1%}) and least in layer {ids[least]} "
             f"({gain_L[least]:+.1%}), against {peer_words}."
         )
+    sentences.extend(_measured(insight))
     known = "that the plan was made with" if insight.seen else "that the plan has not seen"
     sentences.append(
         f"Measured on {insight.measured.require_tokens().num_tokens:,} tokens of {num_sequences:,} sequences {known}. "
@@ -101,6 +102,26 @@ def _worth(insight: Insight) -> Answer:
         "balance counts."
     )
     return Answer("Is a plan worth it here?", headline, tuple(sentences), tone)
+
+
+def _measured(insight: Insight) -> list[str]:
+    """What a bench found; of runs that have one plan beside file order, as others do not say which is this one."""
+    if insight.bench is None:
+        return []
+    sentences = []
+    for run in insight.bench.on(insight.plan.topology.num_ranks):
+        rows = {row.map: row for row in run.rows if row.implementation == "coterie"}
+        linear = rows.pop("linear", None)
+        if linear is None or len(rows) != 1:
+            continue
+        (row,) = rows.values()
+        sentences.append(
+            f"Measured on {run.num_ranks} ranks ({insight.bench.wire}): {row.bytes_sent / 1e6:.1f} MB sent instead of "
+            f"{linear.bytes_sent / 1e6:.1f} in file order; dispatch and combine took {row.exchange.median:.1f} ms "
+            f"instead of {linear.exchange.median:.1f}, a whole step {row.total.median:.1f} ms (from "
+            f"{row.total.least:.1f} to {row.total.most:.1f}) instead of {linear.total.median:.1f}."
+        )
+    return sentences
 
 
 def _layer_times(insight: Insight) -> dict[str, float]:
@@ -208,9 +229,9 @@ def _domains(insight: Insight) -> Answer:
     headline = own.get(len(drifted), f"{len(drifted)} of {len(domains)} domains route their own way")
     sentences = []
     if len(drifted):
-        odd = domains.loc[domains["load_distance"].idxmax()]
+        odd = drifted.loc[drifted["load_distance"].idxmax()]
         sentences.append(
-            f"Farthest from the others is {odd['domain']} (expert loads {odd['load_distance']:.3f} bits apart, "
+            f"Farthest of them from the others is {odd['domain']} (expert loads {odd['load_distance']:.3f} bits apart, "
             f"sampling noise {odd['load_noise']:.3f}); there {odd['hottest']} stands out."
         )
     tone: Tone = "plain"

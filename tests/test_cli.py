@@ -30,7 +30,7 @@ def chain(tmp_path_factory):
     """Profile, plan, bench and report of the embedded model on a little text, each in a process of its own."""
     folder = tmp_path_factory.mktemp("chain")
     commands = [
-        ["profile", "-o", "run.profile", "--max-tokens", "12000", "--json"],
+        ["profile", "-o", "run.profile", "--max-tokens", "4096", "--json"],
         ["plan", "run.profile", "--ranks", "2", "-o", "plan.json", "--json"],
         ["bench", "plan.json", "--repeats", "1", "--sequences-per-rank", "1", "-o", "bench.json", "--json"],
         ["report", "run.profile", "plan.json", "bench.json", "-o", "report.html"],
@@ -52,7 +52,7 @@ def chain(tmp_path_factory):
 def test_the_whole_chain(chain):
     folder, outputs = chain
     assert sorted(path.name for path in folder.iterdir()) == ["bench.json", "plan.json", "report.html", "run.profile"]
-    assert json.loads(outputs[0])["num_tokens"] == 12_000
+    assert json.loads(outputs[0])["num_tokens"] == 4_096
     metrics = json.loads(outputs[1])["metrics"]
     assert (
         metrics["search"]["held_out"]["busiest_ingress"]["mean"]
