@@ -88,15 +88,19 @@ def collaboration(axes: Axes, graph: nx.Graph[int], rank_of_expert: npt.NDArray[
         linewidths=0.5,
     )
     if len(graph) <= 64:
-        on = {expert: rank_colour(int(rank_of_expert[expert]), num_ranks) for expert in graph}
-        ink = {
-            expert: "white" if np.dot(colour[:3], (0.3, 0.59, 0.11)) < 0.5 else "black" for expert, colour in on.items()
-        }
-        nx.draw_networkx_labels(graph, positions, ax=axes, font_size=6 if len(graph) > 16 else 8, font_color=ink)
+        light = {expert for expert in graph if _is_light(rank_colour(int(rank_of_expert[expert]), num_ranks))}
+        size = 6 if len(graph) > 16 else 8
+        for ink, experts in (("black", light), ("white", set(graph) - light)):
+            labels = {expert: str(expert) for expert in experts}
+            nx.draw_networkx_labels(graph, positions, labels, ax=axes, font_size=size, font_color=ink)
     rank_legend(axes, num_ranks)
     axes.set_axis_off()
     words = f"size: load, {loads.max():,} tokens at most; width: pairs, the widest is the layer's commonest"
     axes.text(0.5, -0.02, words, transform=axes.transAxes, ha="center", va="top", fontsize=7)
+
+
+def _is_light(colour: tuple[float, float, float, float]) -> bool:
+    return float(np.dot(colour[:3], (0.3, 0.59, 0.11))) >= 0.5
 
 
 def rank_legend(axes: Axes, num_ranks: int) -> None:
