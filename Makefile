@@ -2,7 +2,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-engines fuzz lint types check model benchmarks clean
+.PHONY: demo test test-engines fuzz lint types check reference model benchmarks clean
 
 demo: $(VENV)/installed  ## profile, plan, run and show the embedded model
 	$(BIN)/coterie demo
@@ -24,6 +24,9 @@ types: $(VENV)/installed
 	$(BIN)/mypy
 
 check: lint types test  ## what has to pass before a change lands
+
+reference: $(VENV)/installed  ## write docs/reference again
+	$(BIN)/python docs/make_reference.py
 
 model: $(VENV)/installed  ## train the embedded model again, about an hour and a half on 2 cores
 	$(BIN)/python -m pip install --quiet --constraint requirements.lock --editable '.[zoo]'
