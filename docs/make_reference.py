@@ -1,5 +1,6 @@
 """Writes docs/reference: commands as the command line has them, names as the source has them. Runs nothing of either.
 
+Tables of other pages that repeat what benchmarks/results holds are filled in too, between the marks that name them.
 `python docs/make_reference.py` (`make reference`); tests/test_docs.py fails while the pages are not what this writes.
 """
 
@@ -7,6 +8,7 @@ from __future__ import annotations
 
 import ast
 import inspect
+import json
 import re
 from collections.abc import Callable, Iterator
 from enum import Enum
@@ -33,6 +35,38 @@ def pages() -> dict[str, str]:
         "commands.md": commands(),
         **{f"{package}.md": names(package) for package in ("profiler", "placement")},
     }
+
+
+def tables() -> dict[str, str]:
+    """Pages of docs/ with their tables as benchmarks/results has them."""
+    out = {}
+    for page in ("comparison.md", "planning.md"):
+        text = (ROOT / "docs" / page).read_text()
+        filled, count = re.subn(r"(<!-- peers: ([\w, ]+) -->\n).*?(<!-- end -->)", fill, text, flags=re.DOTALL)
+        assert count == 1, page
+        out[page] = filled
+    return out
+
+
+def fill(found: re.Match[str]) -> str:
+    """The strategies named, on all traces."""
+    strategies = found[2].split(", ")
+    names = {"gpt-oss-20b": "gpt-oss-20b", "deepseek-v2-lite": "DeepSeek-V2-Lite"}
+    lines = [f"| trace, ranks | {' | '.join(strategies)} |", f"| --- {'| --- ' * len(strategies)}|"]
+    for (trace, ranks), of in peers().items():
+        cells = ["{:.2f} / {:.3f} / {:.2f}".format(*of[strategy]) for strategy in strategies]
+        lines.append(f"| {names[trace]}, {ranks} | {' | '.join(cells)} |")
+    return found[1] + "\n".join(lines) + "\n" + found[3]
+
+
+def peers() -> dict[tuple[str, int], dict[str, tuple[float, float, float]]]:
+    """By trace and ranks: fan_out, busiest_ingress and imbalance_ratio of every strategy, held out."""
+    stored = json.loads((ROOT / "benchmarks" / "results" / "planner_balance.json").read_text())
+    assert stored["columns"][:6] == ["trace", "ranks", "strategy", "fan_out", "busiest_ingress", "imbalance_ratio"]
+    out: dict[tuple[str, int], dict[str, tuple[float, float, float]]] = {}
+    for trace, ranks, strategy, *figures in stored["rows"]:
+        out.setdefault((trace, ranks), {})[strategy] = tuple(figures[:3])
+    return out
 
 
 def commands() -> str:
@@ -182,6 +216,8 @@ def main() -> None:
     FOLDER.mkdir(exist_ok=True)
     for name, text in pages().items():
         (FOLDER / name).write_text(text)
+    for name, text in tables().items():
+        (ROOT / "docs" / name).write_text(text)
 
 
 if __name__ == "__main__":
