@@ -1,4 +1,5 @@
 """How sure a held-out figure is: sequences drawn anew with replacement (Efron, Annals of Statistics 7, 1979).
+Knows no solver.
 
 Tokens of one sequence resemble each other, so sequences are drawn, not tokens; all maps meet the same draws, so that
 differences between maps are surer than each figure.  The busiest rank of a draw is busier than that of the text itself,

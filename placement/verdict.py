@@ -1,4 +1,6 @@
-"""What the figures mean, in plain words: one answer to each question that people ask of a model and a plan."""
+"""What the figures mean, in plain words: one answer to each question that people ask of a model and a plan.
+Neither measures nor prints.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""The picture of a bench: where a step's time goes, the exchange's against fan_out, predicted against measured."""
+"""The picture of a bench: where a step's time goes, the exchange's against fan_out, predicted against measured.
+Runs nothing.
+"""
 
 from __future__ import annotations
 

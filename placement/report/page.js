@@ -183,7 +183,7 @@ function drawStrip() {
 function drawCurve() {
   const c = data.curve, box = byId("curve");
   if (!c || !box) return;
-  const w = 520, h = 250, left = 52, bottom = 40, logs = c.tokens.map(Math.log2);
+  const w = 520, h = 250, left = 62, bottom = 40, logs = c.tokens.map(Math.log2);
   const lo = Math.min(...logs) - 0.2, hi = Math.max(...logs) + 0.2;
   const low = Math.min(...c.value, c.final * 0.98) , top = Math.max(...c.value, c.final * 1.03), pad = (top - low) * 0.08;
   const x = v => left + (w - left) * (v - lo) / (hi - lo || 1), y = v => (h - bottom) * (1 - (v - low + pad) / (top - low + 2 * pad));
