@@ -2,7 +2,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-engines fuzz lint types check reference model benchmarks clean
+.PHONY: demo test test-engines fuzz lint types check model benchmarks clean
 
 demo: $(VENV)/installed  ## profile, plan, run and show the embedded model
 	$(BIN)/coterie demo
@@ -25,6 +25,7 @@ types: $(VENV)/installed
 
 check: lint types test  ## what has to pass before a change lands
 
+.PHONY: reference
 reference: $(VENV)/installed  ## write docs/reference again
 	$(BIN)/python docs/make_reference.py
 

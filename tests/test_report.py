@@ -133,7 +133,7 @@ def test_a_bench_is_part_of_the_verdict(profile, planned):
     (said,) = [
         sentence
         for sentence in answers(insight_of(profile, planned, bench=bench_result()))["worth"].sentences
-        if sentence.startswith("Measured on 4 ranks (gloo)")
+        if sentence.startswith("Measured on 4 ranks (gloo, through one machine's memory)")
     ]
     assert "0.7 MB sent instead of 1.0 in file order" in said
     assert draw_bench(bench_result()).startswith(b"\x89PNG")

@@ -11,9 +11,11 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from placement.runtime.results import BenchResult, BenchRun
-from profiler.plots import predicted_against_measured
+from profiler.plots import PALETTE, predicted_against_measured
 
 DOTS_PER_INCH = 110
+PARTS = (PALETTE[0], PALETTE[1], PALETTE[2], PALETTE[7])
+"""Colours of dispatch, experts, combine and the rest."""
 
 
 def draw_bench(result: BenchResult) -> bytes:
@@ -23,10 +25,13 @@ def draw_bench(result: BenchResult) -> bytes:
     for at, run in enumerate(result.runs):
         _bars(figure.add_subplot(grid[at, 0]), result, run)
         axes = figure.add_subplot(grid[at, 1])
-        for row in run.rows:
+        top = 0.0
+        for place, row in enumerate(run.rows):
             if row.implementation != run.rows[0].implementation or len(run.rows) == 1:
-                axes.plot(row.fan_out, row.exchange.median, "o", label=f"{row.implementation}, {row.map}")
-        axes.set(xlabel="fan_out", ylabel="exchange, ms", ylim=(0, None))
+                colour, top = PALETTE[place % len(PALETTE)], max(top, row.exchange.median)
+                label = f"{row.implementation}, {row.map}"
+                axes.plot(row.fan_out, row.exchange.median, "o", color=colour, label=label)
+        axes.set(xlabel="fan_out, ranks that serve a token", ylabel="exchange, ms", ylim=(0, 1.3 * top or None))
         axes.legend(fontsize="x-small")
         _predictions(figure.add_subplot(grid[at, 2]), run)
     return _png(figure)
@@ -37,8 +42,8 @@ def _bars(axes: Axes, result: BenchResult, run: BenchRun) -> None:
     left = np.zeros(len(names))
     parts = [(part, [getattr(row, part).median for row in run.rows]) for part in ("dispatch", "expert", "combine")]
     rest = [max(0.0, row.total.median - row.layer) for row in run.rows]
-    for name, widths in (*parts, ("rest of the step", rest)):
-        axes.barh(names, widths, left=left, label=name)
+    for (name, widths), colour in zip((*parts, ("rest of the step", rest)), PARTS, strict=True):
+        axes.barh(names, widths, left=left, label=name, color=colour)
         left += np.array(widths)
     axes.invert_yaxis()
     axes.set_title(
