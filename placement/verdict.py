@@ -118,11 +118,12 @@ def _measured(insight: Insight) -> list[str]:
         if linear is None or len(rows) != 1:
             continue
         (row,) = rows.values()
+        total = row.total
         sentences.append(
             f"Measured on {run.num_ranks} ranks ({insight.bench.wire}{memory}): {row.bytes_sent / 1e6:.1f} MB sent "
             f"instead of {linear.bytes_sent / 1e6:.1f} in file order; dispatch and combine took "
-            f"{row.exchange.median:.1f} ms instead of {linear.exchange.median:.1f}, a whole step {row.total.median:.1f} ms (from "
-            f"{row.total.least:.1f} to {row.total.most:.1f}) instead of {linear.total.median:.1f}."
+            f"{row.exchange.median:.1f} ms instead of {linear.exchange.median:.1f}, a whole step "
+            f"{total.median:.1f} ms (from {total.least:.1f} to {total.most:.1f}) instead of {linear.total.median:.1f}."
         )
     return sentences
 
