@@ -25,6 +25,10 @@ types: $(VENV)/installed
 
 check: lint types test  ## what has to pass before a change lands
 
+.PHONY: reference
+reference: $(VENV)/installed  ## write docs/reference again
+	$(BIN)/python docs/make_reference.py
+
 model: $(VENV)/installed  ## train the embedded model again, about an hour and a half on 2 cores
 	$(BIN)/python -m pip install --quiet --constraint requirements.lock --editable '.[zoo]'
 	$(BIN)/python -m profiler.zoo.train

@@ -1,1 +1,3 @@
-"""What to do about a profile: place the experts, say how good the plan is, run it, show it."""
+"""What to do about a profile: place the experts, say how good the plan is, run it, show it.
+Only `cli` sees all of it.
+"""

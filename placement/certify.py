@@ -1,4 +1,5 @@
 """How far a plan is from the best there can be: lower bounds for one layer, and proven optima where sizes allow.
+Knows no strategy.
 
 Everything is for plans without redundant experts (as many slots as experts), on the planned tokens merged into one
 fold, among plans within the load cap.  Token counts are whole numbers and bounds are proved in whole numbers, so a gap

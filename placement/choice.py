@@ -1,4 +1,5 @@
 """Which copy of each picked expert serves a token, where experts have several.
+Evaluator, solvers and runtime ask it; it knows none of them.
 
 Per token, as engines with a dispatch of their own can: ranks that the token visits anyway come first, then ranks that
 cover most of what is left, then ranks on nodes that it visits anyway; ties go to the rank that has served least so far.

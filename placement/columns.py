@@ -1,4 +1,5 @@
 """Every group of experts that one rank could hold, with its ingress and load: the columns of set partitioning.
+Knows a layer, and no strategy.
 
 The ingress of a group follows from how many tokens picked all of each of its parts, by inclusion and exclusion: for
 experts a and b it is load[a] + load[b] - both[a, b].  Tokens are counted once for each small subset of experts, and

@@ -1,4 +1,6 @@
-"""Every strategy on one profile, side by side, with the figures of the traffic that none of them has seen."""
+"""Every strategy on one profile, side by side, with the figures of the traffic that none of them has seen.
+Besides the command line the only one that plans.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""What a map does to traffic and balance: the metrics of every table, exact on token sets."""
+"""What a map does to traffic and balance: the metrics of every table, exact on token sets.
+Knows no solver, no links and no seconds.
+"""
 
 from __future__ import annotations
 

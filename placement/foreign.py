@@ -1,4 +1,6 @@
-"""Placement maps of other tools, read as ours: all that `exporters` writes, and what the engines' own tools write."""
+"""Placement maps of other tools, read as ours: all that `exporters` writes, and what the engines' own tools write.
+Knows files, no engine.
+"""
 
 from __future__ import annotations
 

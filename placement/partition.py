@@ -1,4 +1,5 @@
 """Exact set partitioning: groups that cover every expert once, at least cost, with proofs in whole numbers.
+Knows groups, and nothing of tokens.
 
 Linear relaxations are solved by column generation: a linear program over a few groups gives every expert a price, and
 a scan over all groups finds those that the prices undervalue.  A relaxation proves something only through its prices:

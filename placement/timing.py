@@ -1,4 +1,5 @@
 """`predicted_time`: how long dispatch, experts and combine of a layer take on a topology with known links.
+Knows of traffic what `cost.py` counted.
 
 The model is latency plus volume over speed, each at its busiest place:
 

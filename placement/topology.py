@@ -1,4 +1,6 @@
-"""`Topology`: the nodes, ranks and slots that experts are placed on, and `Links`: how fast they are."""
+"""`Topology`: the nodes, ranks and slots that experts are placed on, and `Links`: how fast they are.
+Knows no model and no map.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""What the figures mean, in plain words: one answer to each question that people ask of a model and a plan."""
+"""What the figures mean, in plain words: one answer to each question that people ask of a model and a plan.
+Neither measures nor prints.
+"""
 
 from __future__ import annotations
 
@@ -94,6 +96,7 @@ def _worth(insight: Insight) -> Answer:
             f"It gains most in layer {ids[best]} ({gain_L[best]:+.1%}) and least in layer {ids[least]} "
             f"({gain_L[least]:+.1%}), against {peer_words}."
         )
+    sentences.extend(_measured(insight))
     known = "that the plan was made with" if insight.seen else "that the plan has not seen"
     sentences.append(
         f"Measured on {insight.measured.require_tokens().num_tokens:,} tokens of {num_sequences:,} sequences {known}. "
@@ -101,6 +104,28 @@ def _worth(insight: Insight) -> Answer:
         "balance counts."
     )
     return Answer("Is a plan worth it here?", headline, tuple(sentences), tone)
+
+
+def _measured(insight: Insight) -> list[str]:
+    """What a bench found; of runs that have one plan beside file order, as others do not say which is this one."""
+    if insight.bench is None:
+        return []
+    sentences = []
+    memory = ", through one machine's memory" if insight.bench.wire == "gloo" else ""
+    for run in insight.bench.on(insight.plan.topology.num_ranks):
+        rows = {row.map: row for row in run.rows if row.implementation == "coterie"}
+        linear = rows.pop("linear", None)
+        if linear is None or len(rows) != 1:
+            continue
+        (row,) = rows.values()
+        total = row.total
+        sentences.append(
+            f"Measured on {run.num_ranks} ranks ({insight.bench.wire}{memory}): {row.bytes_sent / 1e6:.1f} MB sent "
+            f"instead of {linear.bytes_sent / 1e6:.1f} in file order; dispatch and combine took "
+            f"{row.exchange.median:.1f} ms instead of {linear.exchange.median:.1f}, a whole step "
+            f"{total.median:.1f} ms (from {total.least:.1f} to {total.most:.1f}) instead of {linear.total.median:.1f}."
+        )
+    return sentences
 
 
 def _layer_times(insight: Insight) -> dict[str, float]:
@@ -208,9 +233,9 @@ def _domains(insight: Insight) -> Answer:
     headline = own.get(len(drifted), f"{len(drifted)} of {len(domains)} domains route their own way")
     sentences = []
     if len(drifted):
-        odd = domains.loc[domains["load_distance"].idxmax()]
+        odd = drifted.loc[drifted["load_distance"].idxmax()]
         sentences.append(
-            f"Farthest from the others is {odd['domain']} (expert loads {odd['load_distance']:.3f} bits apart, "
+            f"Farthest of them from the others is {odd['domain']} (expert loads {odd['load_distance']:.3f} bits apart, "
             f"sampling noise {odd['load_noise']:.3f}); there {odd['hottest']} stands out."
         )
     tone: Tone = "plain"

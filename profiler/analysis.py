@@ -1,4 +1,5 @@
 """What a profile says about the model, each result a pandas DataFrame: load, collaboration, communities, affinity.
+Knows no plan.
 
 Layers are named by their number in the model, experts by their number in the layer.  All is counted over all domains;
 give a profile of one domain (`Profile.split_by_domain`) for that domain alone.  How two profiles differ is in

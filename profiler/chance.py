@@ -1,4 +1,4 @@
-"""Routing as chance alone would give it: the same loads, no collaboration."""
+"""Routing as chance alone would give it: the same loads, no collaboration. Knows no plan."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Counts of a routing trace: how often experts are picked, alone, together and one layer after another.
+"""Counts of a routing trace: how often experts are picked, alone, together and one layer after another. Knows no files.
 
 All grow with the picked pairs, T*K or T*K*K, never with T*E*E: two experts that no token picks cost nothing.
 """

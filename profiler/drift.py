@@ -1,4 +1,4 @@
-"""Has the routing changed?  Two profiles, or the domains of one, against what sampling alone would show.
+"""Has the routing changed?  Two profiles, or the domains of one, against what sampling alone would show. Knows no plan.
 
 Tokens of one sequence resemble each other, so chance is found by dealing whole sequences, not tokens, to the two sides
 anew: a permutation test (Good, Permutation, Parametric and Bootstrap Tests of Hypotheses, 2005).

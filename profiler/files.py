@@ -1,4 +1,4 @@
-"""Reading and writing one-file artifacts: JSON and text, whole or not at all."""
+"""Reading and writing one-file artifacts: JSON and text, whole or not at all. Knows nothing of what they mean."""
 
 from __future__ import annotations
 

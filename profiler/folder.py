@@ -1,4 +1,5 @@
 """The profile folder on disk: what its files hold, and how they are checked, written and put in place.
+Knows no model in memory.
 
 `profile.json`, `counts.safetensors`, and `tokens-00000.safetensors` onward where token sets were kept.  Every file's
 hash is in `profile.json`, so that a byte that changed is found and named.

@@ -1,4 +1,4 @@
-"""Models by path, by hub id, or the embedded one."""
+"""Models by path, by hub id, or the embedded one. Knows no routing."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""One profile out of several: of the processes of one run, or of several days."""
+"""One profile out of several: of the processes of one run, or of several days. Knows no model in memory."""
 
 from __future__ import annotations
 

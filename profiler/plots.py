@@ -13,6 +13,8 @@ from matplotlib.collections import LineCollection
 from matplotlib.image import AxesImage
 from matplotlib.ticker import MaxNLocator
 
+from profiler.analysis import lift
+
 PALETTE = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#F0E442", "#999999")
 """Okabe and Ito's colours (2008), which people with any kind of colour vision can tell apart."""
 
@@ -22,6 +24,12 @@ def rank_colour(rank: int, num_ranks: int) -> tuple[float, float, float, float]:
     if num_ranks <= len(PALETTE):
         return mpl.colors.to_rgba(PALETTE[rank])
     return mpl.colormaps["cividis"](rank / (num_ranks - 1))
+
+
+def series_colours(num_series: int) -> list[str]:
+    """One colour a series: grey for the first, which others are compared with, blue for the last, which it is about."""
+    between = [colour for colour in PALETTE[1:] if colour != PALETTE[7]]
+    return [PALETTE[7], *(between[place % len(between)] for place in range(num_series - 2)), PALETTE[0]][-num_series:]
 
 
 def coactivation_heatmap(
@@ -37,56 +45,70 @@ def coactivation_heatmap(
     Colour is the base-2 logarithm of a pair's count over the count that its two loads would give independently.
 
     Args:
-        order_E: experts along both axes.
+        order_E: experts along both axes; -1 for an empty slot, which is left blank.
         experts_per_rank: borders are drawn after so many.
     """
-    chance = np.outer(load_E, load_E).astype(float)
-    np.fill_diagonal(chance, 0.0)
-    chance *= coactivation_EE.sum() / max(chance.sum(), 1.0)
-    with np.errstate(divide="ignore", invalid="ignore"):
-        lift = np.log2(coactivation_EE / chance)
-    lift = np.clip(np.where(np.isfinite(lift), lift, -2.0), -2.0, 2.0)
-    np.fill_diagonal(lift, np.nan)
-    image = axes.imshow(lift[np.ix_(order_E, order_E)], cmap="PuOr_r", vmin=-2.0, vmax=2.0, interpolation="nearest")
+    with np.errstate(divide="ignore"):
+        shown = np.clip(np.log2(lift(coactivation_EE, load_E)), -2.0, 2.0)
+    np.fill_diagonal(shown, np.nan)
+    shown = shown[np.ix_(order_E, order_E)]
+    shown[order_E < 0] = shown[:, order_E < 0] = np.nan
+    image = axes.imshow(shown, cmap="PuOr_r", vmin=-2.0, vmax=2.0, interpolation="nearest")
     for border in range(experts_per_rank, len(order_E), experts_per_rank):
         axes.axhline(border - 0.5, color="black", linewidth=0.8)
         axes.axvline(border - 0.5, color="black", linewidth=0.8)
     axes.set(title=title, xlabel="expert number, in this order", ylabel="expert number, in this order")
     ticks = np.arange(0, len(order_E), max(1, len(order_E) // 8))
-    axes.set_xticks(ticks, [str(order_E[tick]) for tick in ticks])
-    axes.set_yticks(ticks, [str(order_E[tick]) for tick in ticks])
+    names = [str(order_E[tick]) if order_E[tick] >= 0 else "" for tick in ticks]
+    axes.set_xticks(ticks, names)
+    axes.set_yticks(ticks, names)
     return image
 
 
 def collaboration(axes: Axes, graph: nx.Graph[int], rank_of_expert: npt.NDArray[np.int64], num_ranks: int) -> None:
-    """The collaboration graph: colour is the rank, size the load, width the strength; edges within a rank are dark."""
+    """The collaboration graph: colour is the rank, size the load, width the strength; edges within a rank are dark.
+
+    A line below says what the largest node and the widest edge stand for.
+    """
     positions = nx.spring_layout(graph, k=2.2 / len(graph) ** 0.5, weight="weight", seed=0, iterations=60)
     loads = np.array([graph.nodes[expert]["load"] for expert in graph])
     weights = np.array([data["weight"] for _, _, data in graph.edges(data=True)])
-    inside = [rank_of_expert[first] == rank_of_expert[second] for first, second in graph.edges]
-    nx.draw_networkx_edges(
-        graph,
-        positions,
-        ax=axes,
-        width=0.4 + 2.6 * weights,
-        edge_color=["#333333" if same else "#c8c8c8" for same in inside],
-    )
+    inside = np.array([rank_of_expert[first] == rank_of_expert[second] for first, second in graph.edges], dtype=bool)
+    for same, colour in ((False, "#c8c8c8"), (True, "#333333")):  # those within a rank lie on top
+        edges = [edge for edge, its in zip(graph.edges, inside, strict=True) if its == same]
+        widths = 0.4 + 2.6 * weights[inside == same]
+        nx.draw_networkx_edges(graph, positions, edgelist=edges, ax=axes, width=widths, edge_color=colour)
     nx.draw_networkx_nodes(
         graph,
         positions,
         ax=axes,
-        node_size=(30.0 + 220.0 * loads / max(loads.max(), 1)) * min(1.0, 64 / len(graph)),
+        node_size=(30.0 + 220.0 * loads / max(loads.max(), 1)) * min(2.0, 64 / len(graph)),
         node_color=[rank_colour(int(rank_of_expert[expert]), num_ranks) for expert in graph],
         edgecolors="black",
         linewidths=0.5,
     )
     if len(graph) <= 64:
-        nx.draw_networkx_labels(graph, positions, ax=axes, font_size=6)
-    for rank in range(num_ranks if num_ranks <= len(PALETTE) else 0):
-        axes.scatter([], [], color=rank_colour(rank, num_ranks), label=f"rank {rank}")
-    if num_ranks <= len(PALETTE):
-        axes.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0), fontsize=7, frameon=False)
+        light = {expert for expert in graph if _is_light(rank_colour(int(rank_of_expert[expert]), num_ranks))}
+        size = 6 if len(graph) > 16 else 8
+        for ink, experts in (("black", light), ("white", set(graph) - light)):
+            labels = {expert: str(expert) for expert in experts}
+            nx.draw_networkx_labels(graph, positions, labels, ax=axes, font_size=size, font_color=ink)
+    rank_legend(axes, num_ranks)
     axes.set_axis_off()
+    words = f"size: load, {loads.max():,} tokens at most; width: pairs, the widest is the layer's commonest"
+    axes.text(0.5, -0.02, words, transform=axes.transAxes, ha="center", va="top", fontsize=7)
+
+
+def _is_light(colour: tuple[float, float, float, float]) -> bool:
+    return float(np.dot(colour[:3], (0.3, 0.59, 0.11))) >= 0.5
+
+
+def rank_legend(axes: Axes, num_ranks: int) -> None:
+    """Ranks and their colours beside the axes; a few of them where there are many."""
+    step = 1 if num_ranks <= len(PALETTE) else -(-num_ranks // len(PALETTE))
+    for rank in sorted({*range(0, num_ranks - step // 2, step), num_ranks - 1}):
+        axes.scatter([], [], color=rank_colour(rank, num_ranks), label=f"rank {rank}")
+    axes.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0), fontsize=7, frameon=False)
 
 
 def per_rank(
@@ -113,12 +135,13 @@ def fan_out_distribution(axes: Axes, counts: Mapping[str, npt.NDArray[np.int64]]
         counts: by name of a map, int64 (1 + most,), tokens served by 0, 1, ... ranks.
     """
     width = 0.8 / len(counts)
+    colours = series_colours(len(counts))
     for place, (name, of_map) in enumerate(counts.items()):
         numbers = np.arange(1, len(of_map))
         mean = float((np.arange(len(of_map)) * of_map).sum() / max(of_map.sum(), 1))
         at = numbers - 0.4 + width * (place + 0.5)
         share = of_map[1:] / max(of_map.sum(), 1)
-        axes.bar(at, share, width=width, color=PALETTE[place], label=f"{name} (mean {mean:.2f})")
+        axes.bar(at, share, width=width, color=colours[place], label=f"{name} (mean {mean:.2f})")
     axes.set(xlabel="ranks that serve a token", ylabel="share of tokens")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.legend(fontsize=7, frameon=False)
@@ -130,13 +153,14 @@ def layer_strip(axes: Axes, layer_ids: Sequence[int], values: Mapping[str, npt.N
     Args:
         values: by name, float64 (L,).
     """
-    marker = "o" if len(layer_ids) <= 40 else ""
-    for place, (name, values_L) in enumerate(values.items()):
-        axes.plot(layer_ids, values_L, marker=marker or None, markersize=4, color=PALETTE[place], label=name)
-    if len(layer_ids) == 1:
-        axes.set_xlim(layer_ids[0] - 1, layer_ids[0] + 1)
+    marker = "o" if len(layer_ids) <= 40 else None
+    for (name, values_L), colour in zip(values.items(), series_colours(len(values)), strict=True):
+        axes.plot(layer_ids, values_L, marker=marker, markersize=4, color=colour, label=name)
     axes.set(xlabel="MoE layer", ylabel=unit)
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    if len(layer_ids) == 1:
+        axes.set_xticks([layer_ids[0]])
+    else:
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.legend(fontsize=7, frameon=False)
 
 
@@ -159,7 +183,7 @@ def flows(
 ) -> None:
     """Expert to expert across two adjacent MoE layers: each expert's `top` commonest successors.
 
-    Experts stand side by side by rank, which their colour names; width is the tokens of the flow.
+    Experts stand side by side by rank, which their colour names; width is the tokens of the flow, wide ones on top.
 
     Args:
         ranks: int64 (E,) of the experts in each of the two layers.
@@ -168,22 +192,28 @@ def flows(
     for place_E, rank_E in zip(places, ranks, strict=True):
         place_E[np.argsort(rank_E, kind="stable")] = np.arange(len(rank_E))
     most = max(int(transition_EE.max()), 1)
-    lines, widths, colours = [], [], []
+    drawn = []
     bend = np.linspace(0.0, 1.0, 24)
     for expert, row in enumerate(transition_EE):
         for successor in np.argsort(-row, kind="stable")[:top].tolist():
             if row[successor] > 0:
                 x = places[0][expert] + (places[1][successor] - places[0][expert]) * (3 * bend**2 - 2 * bend**3)
-                lines.append(np.column_stack([x, bend]))
-                widths.append(0.2 + 3.5 * row[successor] / most)
-                colours.append(rank_colour(int(ranks[0][expert]), num_ranks))
+                colour = rank_colour(int(ranks[0][expert]), num_ranks)
+                drawn.append((0.2 + 3.5 * row[successor] / most, np.column_stack([x, bend]), colour))
+    drawn.sort(key=lambda flow: flow[0])
+    widths, lines, colours = zip(*drawn, strict=True) if drawn else ((), (), ())
     axes.add_collection(LineCollection(lines, linewidths=widths, colors=colours, alpha=0.6))
     size = 4000 / max(len(transition_EE), 16) ** 1.3
     for y, place_E, rank_E in zip((0.0, 1.0), places, ranks, strict=True):
-        colours = [rank_colour(int(rank), num_ranks) for rank in rank_E]
-        axes.scatter(place_E, np.full(len(place_E), y), s=size, color=colours, marker="s", zorder=3)
+        of_rank = [rank_colour(int(rank), num_ranks) for rank in rank_E]
+        axes.scatter(place_E, np.full(len(place_E), y), s=size, color=of_rank, marker="s", zorder=3)
     axes.set_yticks([0.0, 1.0], ["this layer", "the next one"])
-    axes.set(xlabel="experts, rank by rank", xlim=(-1, len(transition_EE)), ylim=(1.12, -0.12))
+    rank_legend(axes, num_ranks)
+    axes.set(
+        xlabel=f"experts, rank by rank; the widest flow is {most:,} tokens",
+        xlim=(-1, len(transition_EE)),
+        ylim=(1.12, -0.12),
+    )
     axes.set_xticks([])
 
 

@@ -1,4 +1,4 @@
-"""`Profile`, the record of one model's routing, in memory. How it lies on disk is in `folder.py`."""
+"""`Profile`, the record of one model's routing, in memory. How it lies on disk is in `folder.py`. Knows no plan."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A model and its texts in, a profile folder out: the run that `coterie profile` makes."""
+"""A model and its texts in, a profile folder out: the run that `coterie profile` makes. Keeps nothing itself."""
 
 from __future__ import annotations
 

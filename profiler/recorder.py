@@ -1,4 +1,4 @@
-"""`Recorder`: a context manager around any forward pass that keeps which experts every token picked."""
+"""`Recorder`: a context manager around any forward pass that keeps which experts every token picked. Knows no files."""
 
 from __future__ import annotations
 

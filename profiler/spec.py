@@ -72,10 +72,10 @@ class MoESpec:
         return shape(self) == shape(other)
 
     def describe(self) -> str:
-        """One phrase for messages and tables."""
-        experts = f"{self.num_experts} experts of {self.hidden_size}x{self.expert_size}"
-        sizes = f"{self.num_layers} MoE layers, {experts}, top-{self.top_k}"
-        return f"{self.name} ({self.model_type}: {sizes})"
+        """One phrase for messages and tables; sizes that are not known are left out."""
+        width = f" of {self.hidden_size}x{self.expert_size}" if self.hidden_size and self.expert_size else ""
+        layers = f"{self.num_layers} MoE layer{'s' if self.num_layers > 1 else ''}"
+        return f"{self.name} ({self.model_type}: {layers}, {self.num_experts} experts{width}, top-{self.top_k})"
 
     def to_json(self) -> dict[str, Any]:
         """The form in which `profile.json` and placement maps hold it; without `num_hidden_layers` where not known."""

@@ -1,4 +1,5 @@
 """`ProfileWriter`: a profile that grows on disk while memory stays constant, and survives being killed.
+Knows no models.
 
 Tokens are counted as they come.  Their sets go into shards of a fixed size, or into a reservoir of a fixed size.  From
 time to time a checkpoint is written: the counts, the tokens that no complete shard holds yet, and how far the run has

@@ -3,6 +3,7 @@
 import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # nothing here may reach for a hub; its client reads this when it is imported
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # tiny models gain nothing from more, and on a busy machine threads spin
 
 import numpy as np
 import pytest

@@ -1,5 +1,7 @@
 """The command line as a person uses it: the whole chain, and one line for every mistake."""
 
+import contextlib
+import io
 import json
 import subprocess
 import sys
@@ -27,32 +29,34 @@ def run(monkeypatch, *arguments) -> int:
 
 @pytest.fixture(scope="module")
 def chain(tmp_path_factory):
-    """Profile, plan, bench and report of the embedded model on a little text, each in a process of its own."""
+    """Profile, plan, bench and report of the embedded model on a little text; plan and bench in a process of their own."""
     folder = tmp_path_factory.mktemp("chain")
-    commands = [
-        ["profile", "-o", "run.profile", "--max-tokens", "12000", "--json"],
-        ["plan", "run.profile", "--ranks", "2", "-o", "plan.json", "--json"],
-        ["bench", "plan.json", "--repeats", "1", "--sequences-per-rank", "1", "-o", "bench.json", "--json"],
-        ["report", "run.profile", "plan.json", "bench.json", "-o", "report.html"],
-    ]
-    outputs = []
-    for command in commands:
-        done = subprocess.run(
-            [sys.executable, "-c", "from placement.cli import main; main()", *command],
-            cwd=folder,
-            capture_output=True,
-            text=True,
-            check=False,
-        )
+
+    def alone(*command):
+        started = [sys.executable, "-c", "from placement.cli import main; main()", *command]
+        done = subprocess.run(started, cwd=folder, capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stderr
-        outputs.append(done.stdout)
+        return done.stdout
+
+    def here(*command):
+        with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(io.StringIO()) as printed:
+            patch.chdir(folder)
+            assert run(patch, *command) == 0
+        return printed.getvalue()
+
+    outputs = [
+        here("profile", "-o", "run.profile", "--max-tokens", "4096", "--json"),
+        alone("plan", "run.profile", "--ranks", "2", "-o", "plan.json", "--json"),
+        alone("bench", "plan.json", "--repeats", "1", "--sequences-per-rank", "1", "-o", "bench.json", "--json"),
+        here("report", "run.profile", "plan.json", "bench.json", "-o", "report.html"),
+    ]
     return folder, outputs
 
 
 def test_the_whole_chain(chain):
     folder, outputs = chain
     assert sorted(path.name for path in folder.iterdir()) == ["bench.json", "plan.json", "report.html", "run.profile"]
-    assert json.loads(outputs[0])["num_tokens"] == 12_000
+    assert json.loads(outputs[0])["num_tokens"] == 4_096
     metrics = json.loads(outputs[1])["metrics"]
     assert (
         metrics["search"]["held_out"]["busiest_ingress"]["mean"]

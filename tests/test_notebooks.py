@@ -20,7 +20,7 @@ def outputs_of(notebook):
 @pytest.mark.parametrize("name", NOTEBOOKS)
 def test_notebooks_run(name, tmp_path, monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    monkeypatch.setenv("OMP_NUM_THREADS", "2")
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")  # as in conftest.py
     notebook = nbformat.read(FOLDER / name, as_version=4)
     nbclient.NotebookClient(notebook, timeout=MOST_SECONDS, resources={"metadata": {"path": str(tmp_path)}}).execute()
     kinds = {output.output_type for output in outputs_of(notebook)}

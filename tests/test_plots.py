@@ -1,5 +1,6 @@
 """Figures hold the data that they were given; every axis has a unit; shapes from 8 to 256 experts and 1 to 94 layers."""
 
+import matplotlib as mpl
 import numpy as np
 import pytest
 from conftest import make_spec, make_trace, random_ids
@@ -66,6 +67,8 @@ def test_strips_fit_one_layer_and_many(axes, layers):
     plots.layer_strip(axes, range(3, 3 + layers), {"plan": values}, "busiest ingress, share of tokens")
     assert axes.lines[0].get_ydata().tolist() == values.tolist()
     assert labelled(axes)
+    assert set(axes.get_xticks()) <= set(range(-20, 120))
+    assert layers > 1 or axes.get_xticks().tolist() == [3]
     other = Figure().add_subplot()
     load = relative_load(np.random.default_rng(0).integers(1, 9, (layers, 256)))
     image = plots.load_strip(other, load, range(layers))
@@ -82,8 +85,11 @@ def test_flows_lead_to_the_commonest_successors(axes, experts):
     lines = axes.collections[0].get_segments()
     assert len(lines) == 2 * experts
     place = np.argsort(np.argsort(ranks, kind="stable"))
-    assert lines[0][0].tolist() == [place[0], 0]
-    assert lines[0][-1].tolist() == [place[transition[0].argmax()], 1]
+    ends = {(*line[0].tolist(), *line[-1].tolist()) for line in lines}
+    assert {(place[expert], 0, place[row.argmax()], 1) for expert, row in enumerate(transition)} <= ends
+    widths = axes.collections[0].get_linewidths()
+    assert sorted(widths) == list(widths)  # wide ones on top
+    assert f"{transition.max():,} tokens" in axes.get_xlabel()
 
 
 def test_predictions_that_are_missing_are_left_out(axes):
@@ -100,6 +106,34 @@ def test_convergence_marks_where_there_was_enough(axes):
     assert axes.collections[0].get_offsets().tolist() == [[1000, 0.9], [2000, 0.7], [4000, 0.7]]
     assert axes.lines[0].get_xdata()[0] == 2000
     assert labelled(axes)
+
+
+def test_a_map_has_one_colour_in_all_pictures():
+    bars, shares, strip = (Figure().add_subplot() for _ in range(3))
+    plots.per_rank(bars, np.array([0.9, 0.5]), np.array([0.6, 0.6]), ("linear", "plan"), "share")
+    plots.fan_out_distribution(shares, {"linear": np.array([0, 1, 2]), "plan": np.array([0, 5, 4])})
+    plots.layer_strip(strip, [0, 1], {"linear": np.zeros(2), "plan": np.ones(2)}, "share")
+    first, last = mpl.colors.to_rgba(plots.PALETTE[7]), mpl.colors.to_rgba(plots.PALETTE[0])
+    for axes in (bars, shares):
+        assert [patch.get_facecolor() for patch in axes.patches] == [first, first, last, last]
+    assert [mpl.colors.to_rgba(line.get_color()) for line in strip.lines] == [first, last]
+    assert plots.series_colours(3)[1] not in (plots.PALETTE[7], plots.PALETTE[0])
+
+
+@pytest.mark.parametrize("num_ranks", [4, 8, 9, 64])
+def test_rank_colours_are_explained(axes, num_ranks):
+    plots.rank_legend(axes, num_ranks)
+    names = [text.get_text() for text in axes.get_legend().get_texts()]
+    assert names[0] == "rank 0"
+    assert names[-1] == f"rank {num_ranks - 1}"
+    assert len(names) == min(num_ranks, 8) or 5 <= len(names) <= 9
+
+
+def test_empty_slots_are_blank(axes, profile):
+    pairs, load = total_coactivation(profile)[0], total_load(profile)[0]
+    image = plots.coactivation_heatmap(axes, pairs, load, np.array([3, -1, 5, -1]), 2, "title")
+    assert np.isnan(np.asarray(image.get_array())[[1, 3]]).all()
+    assert np.isfinite(np.asarray(image.get_array())[0, 2])
 
 
 def test_ranks_keep_apart_in_any_colour_vision():

@@ -43,6 +43,8 @@ def inspect(
     """
     import dataclasses
 
+    from rich.text import Text
+
     from placement.placement_map import PlacementMap
     from placement.verdict import answers
     from profiler.profile import Profile
@@ -60,12 +62,12 @@ def inspect(
         print_json({name: dataclasses.asdict(answer) for name, answer in found.items()})
         return
     tones = {"good": "green", "bad": "red", "unsure": "yellow", "plain": "cyan"}
-    tables.print(
-        f"[bold]{insight.plan.model.describe()}[/] on {insight.plan.topology.num_ranks} ranks", highlight=False
-    )
+    model, num_ranks = insight.plan.model.describe(), insight.plan.topology.num_ranks
+    tables.print(Text.assemble((model, "bold"), f" on {num_ranks} ranks"))
     for answer in found.values():
-        tables.print(f"\n[dim]{answer.question}[/] [bold {tones[answer.tone]}]{answer.headline}[/]", highlight=False)
-        tables.print(" ".join(answer.sentences), highlight=False, markup=False)
+        asked, told = (f"\n{answer.question}", "dim"), (answer.headline, f"bold {tones[answer.tone]}")
+        tables.print(Text.assemble(asked, " ", told))  # not markup: names of domains may look like it
+        tables.print(Text(" ".join(answer.sentences)))
 
 
 @app.command()

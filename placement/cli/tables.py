@@ -129,10 +129,9 @@ def certificate_table(certificate: Mapping[str, Any]) -> Table:
 def bench_table(result: BenchResult, run: BenchRun) -> Table:
     """Times of every row; fits 80 columns."""
     places = f"{run.num_ranks} ranks" + (f" on {run.num_nodes} hosts" if run.num_nodes > 1 else "")
-    wire = f"{result.network} cables" if result.network else result.backend
     parts = "parts are those of the forward pass" if result.workload == "training" else "parts are those"
     table = _plain_table(
-        f"{result.model}, {result.workload}: {places} ({wire}), {run.tokens_per_rank} tokens a rank",
+        f"{result.model}, {result.workload}: {places} ({result.wire}), {run.tokens_per_rank} tokens a rank",
         f"ms of the slowest rank in one step, median of {result.repeats} paired runs (least-most); {parts} of all MoE "
         f"layers, the total is of the whole step; speed-ups against the first row; differs from one process by "
         f"{result.max_difference:.1e} at most",
@@ -224,11 +223,17 @@ def insight_tables(summary: Mapping[str, Any]) -> Group:
         table.caption = f"the {len(shown)} least even of {len(summary['layers'])} layers"
     parts = [table]
     if summary["domains"]:
-        domains = Table(title="each domain against the others", title_justify="left", box=SIMPLE_HEAD)
-        domains.add_column("domain")
-        for column in ("tokens", "load distance, bits", "noise", "p"):
-            domains.add_column(column, justify="right")
-        domains.add_column("stands out")
+        domains = Table(
+            title="each domain against the others: distance of expert loads in bits",
+            title_justify="left",
+            box=SIMPLE_HEAD,
+            show_edge=False,
+            padding=(0, 1, 0, 0),
+        )
+        domains.add_column("domain", no_wrap=True, max_width=18)
+        for column, width in (("tokens", 7), ("distance", 8), ("noise", 5), ("p", 5)):
+            domains.add_column(column, justify="right", no_wrap=True, min_width=width)
+        domains.add_column("what stands out", no_wrap=True)
         for row in summary["domains"][:12]:
             figures = [f"{row[name]:.3f}" for name in ("load_distance", "load_noise", "load_p")]
             domains.add_row(row["domain"], f"{row['tokens']:,}", *figures, row["hottest"])

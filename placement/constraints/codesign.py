@@ -1,4 +1,6 @@
-"""Co-design: plan for the routing, constrain the routing by the plan, and again, until tokens visit no fewer ranks."""
+"""Co-design: plan for the routing, constrain the routing by the plan, and again, until tokens visit no fewer ranks.
+Knows no strategy: plans come from a function that the caller passes.
+"""
 
 from __future__ import annotations
 

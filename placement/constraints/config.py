@@ -1,4 +1,6 @@
-"""Constraints on disk: one safetensors file, its header says for which model and what of it."""
+"""Constraints on disk: one safetensors file, its header says for which model and what of it.
+Knows no model in memory.
+"""
 
 from __future__ import annotations
 

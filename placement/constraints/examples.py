@@ -1,4 +1,4 @@
-"""Texts and conversations as examples to fine-tune on."""
+"""Texts and conversations as examples to fine-tune on. Knows no constraint."""
 
 from __future__ import annotations
 

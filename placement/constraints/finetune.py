@@ -1,4 +1,4 @@
-"""Fine-tuning under a constraint with transformers' Trainer, so that a model gets used to it."""
+"""Fine-tuning under a constraint with transformers' Trainer, so that a model gets used to it. Knows no map."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Benchmarks of lm-evaluation-harness on a constrained model: the optional extra `coterie[lm-eval]`."""
+"""Benchmarks of lm-evaluation-harness on a constrained model: the optional extra `coterie[lm-eval]`. Knows no map."""
 
 from __future__ import annotations
 

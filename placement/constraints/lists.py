@@ -1,4 +1,6 @@
-"""C2R (arXiv 2504.01337): the first expert is free, the others of a token come from its list of collaborators."""
+"""C2R (arXiv 2504.01337): the first expert is free, the others of a token come from its list of collaborators.
+Knows no router.
+"""
 
 from __future__ import annotations
 

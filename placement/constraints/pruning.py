@@ -1,4 +1,4 @@
-"""Occult's collaboration pruning (arXiv 2505.13345): a token may visit at most N ranks, or N nodes.
+"""Occult's collaboration pruning (arXiv 2505.13345): a token may visit at most N ranks, or N nodes. Knows no router.
 
 A token opens ranks in the order of its top-k experts until it has N.  Then either the best K experts on those ranks are
 taken (router-based), or picks elsewhere are replaced by the experts there that are most similar (similarity-based).

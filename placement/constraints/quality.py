@@ -1,4 +1,6 @@
-"""What a constraint costs: perplexity by domain on text that nothing was made with."""
+"""What a constraint costs: perplexity by domain on text that nothing was made with.
+Knows no constraint: it measures the model that it is given.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
 """Routers whose selection can be constrained: where a model keeps them, and the weights that they give to a selection.
+Knows no constraint.
 
 C2R and collaboration pruning are defined for routers that score experts by a softmax and let every token take the best
 K.  All routers here return (logits (T, E), weights (T, K), ids (T, K)).

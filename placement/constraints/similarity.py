@@ -1,4 +1,6 @@
-"""Which experts are alike: the cosine between their router logits over all tokens, accumulated batch by batch."""
+"""Which experts are alike: the cosine between their router logits over all tokens, accumulated batch by batch.
+Knows no constraint.
+"""
 
 from __future__ import annotations
 

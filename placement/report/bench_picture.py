@@ -1,4 +1,6 @@
-"""The picture of a bench: where a step's time goes, and the exchange's against fan_out."""
+"""The picture of a bench: where a step's time goes, the exchange's against fan_out, predicted against measured.
+Runs nothing.
+"""
 
 from __future__ import annotations
 
@@ -9,22 +11,29 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from placement.runtime.results import BenchResult, BenchRun
+from profiler.plots import PALETTE, predicted_against_measured
 
 DOTS_PER_INCH = 110
+PARTS = (PALETTE[0], PALETTE[1], PALETTE[2], PALETTE[7])
+"""Colours of dispatch, experts, combine and the rest."""
 
 
 def draw_bench(result: BenchResult) -> bytes:
-    """For each table the parts of a step as bars, and the exchange's time against fan_out, as PNG."""
-    figure = Figure(figsize=(9.6, 0.6 + 3.0 * len(result.runs)), layout="constrained")
-    grid = figure.add_gridspec(len(result.runs), 2, width_ratios=(2, 1))
+    """For each table the parts of a step as bars, the exchange's time against fan_out, and predicted times, as PNG."""
+    figure = Figure(figsize=(13.2, 0.6 + 3.0 * len(result.runs)), layout="constrained")
+    grid = figure.add_gridspec(len(result.runs), 3, width_ratios=(2, 1, 1))
     for at, run in enumerate(result.runs):
         _bars(figure.add_subplot(grid[at, 0]), result, run)
         axes = figure.add_subplot(grid[at, 1])
-        for row in run.rows:
+        top = 0.0
+        for place, row in enumerate(run.rows):
             if row.implementation != run.rows[0].implementation or len(run.rows) == 1:
-                axes.plot(row.fan_out, row.exchange.median, "o", label=f"{row.implementation}, {row.map}")
-        axes.set(xlabel="fan_out", ylabel="exchange, ms", ylim=(0, None))
+                colour, top = PALETTE[place % len(PALETTE)], max(top, row.exchange.median)
+                label = f"{row.implementation}, {row.map}"
+                axes.plot(row.fan_out, row.exchange.median, "o", color=colour, label=label)
+        axes.set(xlabel="fan_out, ranks that serve a token", ylabel="exchange, ms", ylim=(0, 1.3 * top or None))
         axes.legend(fontsize="x-small")
+        _predictions(figure.add_subplot(grid[at, 2]), run)
     return _png(figure)
 
 
@@ -33,15 +42,23 @@ def _bars(axes: Axes, result: BenchResult, run: BenchRun) -> None:
     left = np.zeros(len(names))
     parts = [(part, [getattr(row, part).median for row in run.rows]) for part in ("dispatch", "expert", "combine")]
     rest = [max(0.0, row.total.median - row.layer) for row in run.rows]
-    for name, widths in (*parts, ("rest of the step", rest)):
-        axes.barh(names, widths, left=left, label=name)
+    for (name, widths), colour in zip((*parts, ("rest of the step", rest)), PARTS, strict=True):
+        axes.barh(names, widths, left=left, label=name, color=colour)
         left += np.array(widths)
     axes.invert_yaxis()
-    wire = f"{result.network} cables" if result.network else result.backend
-    axes.set_title(f"{result.workload}, {run.num_ranks} ranks, {wire}, {run.tokens_per_rank} tokens a rank", fontsize=9)
+    axes.set_title(
+        f"{result.workload}, {run.num_ranks} ranks, {result.wire}, {run.tokens_per_rank} tokens a rank", fontsize=9
+    )
     axes.set_xlabel("ms of a step, slowest rank")
     axes.tick_params(axis="y", labelsize="x-small")
     axes.legend(fontsize="x-small")
+
+
+def _predictions(axes: Axes, run: BenchRun) -> None:
+    predicted = np.array([np.nan if row.predicted_layer is None else row.predicted_layer for row in run.rows])
+    measured = np.array([row.layer for row in run.rows])
+    labels = [f"{row.implementation}, {row.map}" for row in run.rows]
+    predicted_against_measured(axes, predicted, measured, labels, "ms of all MoE layers")
 
 
 def _png(figure: Figure) -> bytes:

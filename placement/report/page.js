@@ -138,7 +138,7 @@ function ticks(top) {
 function legend(names) {
   return `<div class="key">${names.map(name => `<span><i style="background:var(--${name})"></i>${NAMES[name]}</span>`).join("")}</div>`;
 }
-function bars(series, labels, axis, unit, show) {  // series: {name: values}
+function bars(series, labels, axis, unit, show, marked = true) {  // series: {name: values}; marked: a line at each one's maximum
   const names = Object.keys(series), w = 520, h = 190, left = 46, bottom = 34;
   const top = Math.max(...names.flatMap(name => series[name])) * 1.06 || 1;
   const x = k => left + (w - left) * k / labels.length, y = v => (h - bottom) * (1 - v / top);
@@ -153,7 +153,7 @@ function bars(series, labels, axis, unit, show) {  // series: {name: values}
     });
     if (k % every === 0) out += `<text x="${(x(k) + x(k + 1)) / 2}" y="${h - bottom + 14}" text-anchor="middle">${label}</text>`;
   });
-  names.forEach(name => { const m = Math.max(...series[name]); out += `<line x1="${left}" x2="${w}" y1="${y(m)}" y2="${y(m)}" stroke="var(--${name})" stroke-dasharray="4 3" pointer-events="none"/>`; });
+  if (marked) names.forEach(name => { const m = Math.max(...series[name]); out += `<line x1="${left}" x2="${w}" y1="${y(m)}" y2="${y(m)}" stroke="var(--${name})" stroke-dasharray="4 3" pointer-events="none"/>`; });
   out += `<text x="${(w + left) / 2}" y="${h - 3}" text-anchor="middle">${axis}</text>`;
   out += `<text transform="translate(9 ${(h - bottom) / 2}) rotate(-90)" text-anchor="middle">${unit}</text></svg>`;
   return out + legend(names);
@@ -183,7 +183,7 @@ function drawStrip() {
 function drawCurve() {
   const c = data.curve, box = byId("curve");
   if (!c || !box) return;
-  const w = 520, h = 250, left = 52, bottom = 40, logs = c.tokens.map(Math.log2);
+  const w = 520, h = 250, left = 62, bottom = 40, logs = c.tokens.map(Math.log2);
   const lo = Math.min(...logs) - 0.2, hi = Math.max(...logs) + 0.2;
   const low = Math.min(...c.value, c.final * 0.98) , top = Math.max(...c.value, c.final * 1.03), pad = (top - low) * 0.08;
   const x = v => left + (w - left) * (v - lo) / (hi - lo || 1), y = v => (h - bottom) * (1 - (v - low + pad) / (top - low + 2 * pad));
@@ -319,7 +319,7 @@ function drawLayer() {
   byId("ingress").innerHTML = bars(of("ingress"), ranks, "rank", "share of all tokens", (v, exact) => percent(v, exact ? 1 : 0));
   byId("rankload").innerHTML = bars(of("load"), ranks, "rank", "load over the mean", v => v.toFixed(2));
   const fans = Object.fromEntries(names.map(name => { const row = data.maps[name].fanCounts[state.layer], sum = row.reduce((a, b) => a + b, 0) || 1; return [name, row.slice(1).map(n => n / sum)]; }));
-  byId("fan").innerHTML = bars(fans, data.maps.plan.fanCounts[0].slice(1).map((_, k) => k + 1), "ranks", "share of tokens", (v, exact) => percent(v, exact ? 1 : 0));
+  byId("fan").innerHTML = bars(fans, data.maps.plan.fanCounts[0].slice(1).map((_, k) => k + 1), "ranks", "share of tokens", (v, exact) => percent(v, exact ? 1 : 0), false);
 }
 function choose(layer) { state.layer = layer; byId("layer").value = layer; drawLayer(); }
 byId("layer").addEventListener("input", event => { state.layer = Number(event.target.value); drawLayer(); });

@@ -1,4 +1,4 @@
-"""From what is known about a plan to the page: fills the template."""
+"""From what is known about a plan to the page: fills the template. Computes no figure."""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""What the page's script draws from: numbers of every layer, as compact as JSON and deflate make them."""
+"""What the page's script draws from: numbers of every layer, as compact as JSON and deflate make them.
+Decides nothing.
+"""
 
 from __future__ import annotations
 

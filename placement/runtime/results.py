@@ -133,6 +133,11 @@ class BenchResult:
     runs: tuple[BenchRun, ...]
 
     @property
+    def wire(self) -> str:
+        """What ranks exchanged through, in words."""
+        return f"{self.network} cables" if self.network else self.backend
+
+    @property
     def max_difference(self) -> float:
         """Of all rows that do not round on the way."""
         return max(row.max_difference for run in self.runs for row in run.rows if "bf16" not in row.implementation)

@@ -1,4 +1,6 @@
-"""The embedded model and its texts: small enough to ship, trained long enough that its routing was learned."""
+"""The embedded model and its texts: small enough to ship, trained long enough that its routing was learned.
+Knows no routing.
+"""
 
 from pathlib import Path
 
