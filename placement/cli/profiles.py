@@ -108,7 +108,8 @@ def profile(
                 on_progress=advance_to,
             )
     except KeyboardInterrupt:
-        notes.print(f"stopped; {unfinished_folder(out)} holds what was recorded: go on with --resume")
+        left = unfinished_folder(out)
+        notes.print(f"stopped; {left} holds what was recorded: go on with --resume" if left.exists() else "stopped")
         raise typer.Exit(130) from None
     seconds = time.perf_counter() - started
     if similarity and isinstance(alike, RouterSimilarity):
