@@ -164,6 +164,19 @@ def sync(paths: Iterable[Path]) -> None:
             raise CoterieError(f"{path}: cannot be written ({error.strerror}); free some space") from error
 
 
+def parse_json(text: str) -> Any:
+    """What `json.loads` gives, if all text in it is text: JSON can spell half a character, which nothing can write.
+
+    Raises:
+        ValueError: it is no JSON, or holds half a character.
+        RecursionError: it is too deep.
+    """
+    value = json.loads(text)
+    if "\\ud" in text.lower():
+        json.dumps(value, ensure_ascii=False).encode()
+    return value
+
+
 def read_json(path: Path, what: str, remedy: str) -> dict[str, Any]:
     """Read one JSON artifact.
 
@@ -175,7 +188,7 @@ def read_json(path: Path, what: str, remedy: str) -> dict[str, Any]:
         CoterieError: it is missing, unreadable or not a JSON object.
     """
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        value = parse_json(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise CoterieError(f"{path}: no such file; {remedy}") from None
     except (OSError, ValueError, RecursionError) as error:

@@ -21,7 +21,7 @@ from safetensors.numpy import save as to_safetensors
 
 from profiler.counts import Counts
 from profiler.errors import CoterieError
-from profiler.files import put_in_place, require_writable_parent, sync, write_bytes
+from profiler.files import parse_json, put_in_place, require_writable_parent, sync, write_bytes
 from profiler.spec import MoESpec
 from profiler.trace import TokenTrace
 
@@ -87,7 +87,7 @@ def open_profile(folder: Path) -> StoredProfile:
             raise CoterieError(f"{folder}: an unfinished recording; finish it with `coterie profile ... --resume`")
         raise CoterieError(f"{folder}: not a profile (it has no profile.json); make one with `coterie profile`")
     try:
-        header = json.loads((folder / "profile.json").read_text(encoding="utf-8"))
+        header = parse_json((folder / "profile.json").read_text(encoding="utf-8"))
         if header["schema_version"] != SCHEMA_VERSION:
             version = header["schema_version"]
             raise CoterieError(

@@ -140,9 +140,9 @@ def load_model(
     offloading = contextlib.ExitStack()
     offload_folder = None if device_map is None else offloading.enter_context(temporary_folder())
     try:
-        tokenizer = AutoTokenizer.from_pretrained(source) if with_tokenizer else None
+        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False) if with_tokenizer else None
         loaded = AutoModelForCausalLM.from_pretrained(
-            source, dtype=dtype, device_map=device_map, offload_folder=offload_folder
+            source, dtype=dtype, device_map=device_map, offload_folder=offload_folder, trust_remote_code=False
         )
     except Exception as error:  # what loading a broken folder raises is any library's choice
         offloading.close()
@@ -178,9 +178,11 @@ def read_shape(model: str) -> tuple[MoESpec, int]:
 
     disable_progress_bar()
     try:
-        config = AutoConfig.from_pretrained(model)
+        config = AutoConfig.from_pretrained(model, trust_remote_code=False)
         with torch.device("meta"):
-            empty = AutoModelForCausalLM.from_config(config, dtype=getattr(config, "dtype", None))
+            empty = AutoModelForCausalLM.from_config(
+                config, dtype=getattr(config, "dtype", None), trust_remote_code=False
+            )
     except Exception as error:  # what a broken config raises is any library's choice
         raise CoterieError(
             f"{model}: its config cannot be read ({first_line(error)}); give a folder with config.json or a hub id, or "

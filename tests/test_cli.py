@@ -271,6 +271,22 @@ def test_profiles_are_split_and_merged(monkeypatch, capsys, bad):
     assert all((array == again.arrays()[name]).all() for name, array in original.arrays().items())
 
 
+def test_parts_stay_inside_their_folder_and_apart(monkeypatch, capsys, tmp_path):
+    trace = make_trace(random_ids(0, 2, 40, 8, 2), num_domains=3)
+    spec = make_spec(2, 8, 2)
+    Profile.from_tokens(spec, ["../../up", "a b", ".."], trace, {}).save(tmp_path / "a" / "run.profile")
+    monkeypatch.chdir(tmp_path / "a")
+    assert run(monkeypatch, "profile", "split", "run.profile", "--by", "domain", "-o", "parts") == 0
+    made = {path.name for path in (tmp_path / "a" / "parts").iterdir()}
+    assert made == {"..-..-up.profile", "...profile", "a-b.profile"}
+    assert [path.name for path in tmp_path.iterdir()] == ["a"]
+    Profile.from_tokens(spec, ["a/b", "a b", "c"], trace, {}).save(tmp_path / "a" / "run.profile")
+    capsys.readouterr()
+    assert run(monkeypatch, "profile", "split", "run.profile", "--by", "domain", "-o", "more") == 1
+    assert "'a/b' and 'a b' would both be" in capsys.readouterr().err
+    assert not (tmp_path / "a" / "more").exists()
+
+
 def test_a_profile_is_resumed(monkeypatch, capsys, tmp_path):
     """Stopped by the keyboard at the third batch, then gone on with: what an undisturbed run gives."""
     from profiler import recorder

@@ -48,8 +48,12 @@ def work(command: list[str], here: Path, mark: str) -> None:
     descriptor = os.open(here.parent / "said", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)
+    import torch
+
     import profiler.writer
     from placement import cli
+
+    torch.set_num_threads(1)
 
     profiler.writer.CHECKPOINT_SECONDS, profiler.writer.CHECKPOINT_SHARE = 0.1, 1e9
     sys.argv = ["coterie", *command]

@@ -166,9 +166,15 @@ def split_profile(
         parts = recorded.split_by_phase()
     else:
         parts = dict(zip(("even", "odd"), recorded.split_by_sequence(), strict=True))
-    written = {}
-    for name, part in parts.items():
+    folders: dict[Path, str] = {}
+    for name in parts:  # as names of files, none of which leads out of the folder
         folder = out / (re.sub(r"[^\w.-]+", "-", name) + ".profile")
+        if folder in folders:
+            raise CoterieError(f"domains {folders[folder]!r} and {name!r} would both be {folder}; rename one of them")
+        folders[folder] = name
+    written = {}
+    for folder, name in folders.items():
+        part = parts[name]
         part.save(folder)
         written[str(folder)] = part.num_tokens
     if as_json:
