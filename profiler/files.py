@@ -38,9 +38,20 @@ def require_writable_parent(path: Path) -> None:
     Raises:
         CoterieError: the nearest place above `path` that exists is not a writable folder.
     """
-    parent = next(folder for folder in path.absolute().parents if folder.exists())
-    if not parent.is_dir() or not os.access(parent, os.W_OK):
+    if not can_be_written(path):
+        parent = _nearest(path)
         raise CoterieError(f"{path}: cannot be written, {parent} is no writable folder; give another name to -o")
+
+
+def can_be_written(path: Path) -> bool:
+    """Whether a file or folder of that name can be made, its parents included."""
+    parent = _nearest(path)
+    return parent.is_dir() and os.access(parent, os.W_OK)
+
+
+def _nearest(path: Path) -> Path:
+    """The nearest place above that exists."""
+    return next(folder for folder in path.absolute().parents if folder.exists())
 
 
 def write_json(path: Path, value: object) -> None:

@@ -1,6 +1,7 @@
 """The command line as a person uses it: the whole chain, and one line for every mistake."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -237,6 +238,18 @@ def test_help_is_quick_to_import(arguments):
         f"assert not set('{heavy}'.split()) & set(sys.modules), set('{heavy}'.split()) & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parents[1], capture_output=True)
+
+
+def test_a_read_only_installation_and_home_are_enough(monkeypatch):
+    """Numba raises an error where it has no place for what it compiled."""
+    places = []
+    monkeypatch.setattr(cli, "can_be_written", lambda _: False)
+    monkeypatch.setattr(
+        cli, "app", lambda: places.append(Path(os.environ["NUMBA_CACHE_DIR"]) / "made") or places[0].mkdir()
+    )
+    assert run(monkeypatch, "plan") == 0
+    assert not places[0].exists()
+    assert "NUMBA_CACHE_DIR" not in os.environ
 
 
 def test_every_command_shows_an_example():

@@ -89,7 +89,7 @@ def train(
     Raises:
         CoterieError: the constraint does not fit the model, or there is nothing to go on from.
     """
-    from transformers import Trainer, TrainerCallback, TrainingArguments
+    from transformers import Trainer, TrainerCallback, TrainerState, TrainingArguments
     from transformers.trainer_utils import get_last_checkpoint
 
     micro = training.micro_batch_size or training.batch_size
@@ -139,6 +139,11 @@ def train(
             if not (folder / COMPLETE).exists():  # the run was killed while it wrote it
                 shutil.rmtree(folder)
         checkpoint = get_last_checkpoint(str(work))
+    if checkpoint is not None:
+        state = TrainerState.load_from_json(str(Path(checkpoint) / "trainer_state.json"))
+        if state.global_step >= training.steps:  # killed behind the last step; Trainer would take another one
+            _load_weights(model, checkpoint)
+            return _losses(state)
     with _trainable(model, training.part), _auxiliary_loss(model), _repeatable(), constrain(model, constraint):
         trainer = TrainerOfExperts(
             model=model, args=arguments, train_dataset=examples, data_collator=collate, callbacks=[Steps()]
@@ -146,7 +151,11 @@ def train(
         trainer.remove_callback(_printer())
         trainer.train(resume_from_checkpoint=checkpoint)
     model.eval()
-    return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    return _losses(trainer.state)
+
+
+def _losses(state: Any) -> list[float]:
+    return [entry["loss"] for entry in state.log_history if "loss" in entry]
 
 
 def finetune(
@@ -182,8 +191,9 @@ def finetune(
     }
     with constrain(loaded.model, constraint):
         pass  # refused before anything is written
-    if resume and not work.exists() and out.exists():  # done already
+    if resume and not (work / RUN_FILE).exists() and out.exists():  # done already
         _require_same_run(out, run)
+        shutil.rmtree(work, ignore_errors=True)
         _load_weights(loaded.model, out)
         return out
     if resume:
@@ -205,6 +215,7 @@ def finetune(
         raise CoterieError(f"{out}: cannot be written ({first_line(error)}); free some space") from error
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
+    (work / RUN_FILE).unlink()  # first, so that a run that is killed here is known to be done
     shutil.rmtree(work, ignore_errors=True)
     return out
 
