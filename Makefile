@@ -2,7 +2,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-engines fuzz lint types check model benchmarks clean
+.PHONY: demo test test-engines fuzz faults nightly package lint types check model benchmarks clean
 
 demo: $(VENV)/installed  ## profile, plan, run and show the embedded model
 	$(BIN)/coterie demo
@@ -15,6 +15,14 @@ test-engines: $(VENV)/installed  ## released SGLang, vLLM and vllm-ascend load w
 
 fuzz: $(VENV)/installed  ## 3,000 broken inputs, about 3 minutes, for every night; `make test` has 300
 	COTERIE_FUZZ=3000 $(BIN)/python -m pytest tests/test_fuzz.py
+
+faults: $(VENV)/installed  ## each command killed 20 times at a random moment, about 10 minutes; `make test` kills it once
+	COTERIE_FAULTS=20 $(BIN)/python -m pytest tests/test_faults.py
+
+package:  ## build, install in a fresh environment and run there; `make package WITH=torch==2.14.1` for other versions
+	.ci/package $(WITH)
+
+nightly: fuzz faults test-engines  ## what takes too long for every change
 
 lint: $(VENV)/installed
 	$(BIN)/ruff check .

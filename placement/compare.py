@@ -10,9 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from placement.certify import certify
 from placement.cost import Choice, evaluate, summarise
-from placement.insight import WORTH_IT_FROM
 from placement.placement_map import PlacementMap
 from placement.solvers import ALWAYS_COMPARED, Options, layer_problems, plan
 from placement.timing import Workload, time_of
@@ -89,6 +87,8 @@ def measure(
 
 def verdict(metrics: Mapping[str, Any], strategy: str) -> list[str]:
     """What a person should know before deploying the plan, a sentence each; empty where all is well."""
+    from placement.insight import WORTH_IT_FROM  # which brings pandas
+
     mine = metrics[strategy]
     sentences = []
     if "load" in metrics and strategy != "load":
@@ -129,6 +129,8 @@ def certify_plan(
             f"{placement.topology.num_slots} slots for {placement.model.num_experts} experts: certificates are for "
             "plans with a slot for each expert and no domain weights; plan without --certify"
         )
+    from placement.certify import certify  # networkx, pandas and scipy take most of a second, and are seldom needed
+
     planned, _ = planned_and_unseen(profile, held_out)
     certificates = {}
     problems = layer_problems(planned, placement.topology, options)

@@ -23,7 +23,7 @@ import jinja2
 import torch
 from torch.nn.utils.rnn import pad_sequence
 
-from profiler.errors import CoterieError
+from profiler.errors import CoterieError, first_line
 from profiler.trace import MAX_DOMAINS
 
 MAX_BYTES = 2**20
@@ -490,7 +490,12 @@ def _sequences(
 def _token_ids(document: Document, tokenizer: Any, as_chat: bool) -> list[int]:
     content = document.read()
     if isinstance(content, str) and not as_chat:
-        encoded = tokenizer(content, add_special_tokens=False, verbose=False)
+        try:
+            encoded = tokenizer(content, add_special_tokens=False, verbose=False)
+        except Exception as error:  # what a broken tokenizer raises is any library's choice
+            raise CoterieError(
+                f"{document.place}: the model's tokenizer fails on it ({first_line(error)}); is its folder whole?"
+            ) from error
     else:
         _require_template(tokenizer)
         chat = [{"role": "user", "content": content}] if isinstance(content, str) else content

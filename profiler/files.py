@@ -4,14 +4,21 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import fcntl
 import json
 import os
+import shutil
+import tempfile
+import time
 import zipfile
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from profiler.errors import CoterieError, first_line
+
+TEMPORARY = "coterie-temporary-"
+"""What the names of temporary folders begin with."""
 
 
 def require_writable(path: Path) -> None:
@@ -31,9 +38,20 @@ def require_writable_parent(path: Path) -> None:
     Raises:
         CoterieError: the nearest place above `path` that exists is not a writable folder.
     """
-    parent = next(folder for folder in path.absolute().parents if folder.exists())
-    if not parent.is_dir() or not os.access(parent, os.W_OK):
+    if not can_be_written(path):
+        parent = _nearest(path)
         raise CoterieError(f"{path}: cannot be written, {parent} is no writable folder; give another name to -o")
+
+
+def can_be_written(path: Path) -> bool:
+    """Whether a file or folder of that name can be made, its parents included."""
+    parent = _nearest(path)
+    return parent.is_dir() and os.access(parent, os.W_OK)
+
+
+def _nearest(path: Path) -> Path:
+    """The nearest place above that exists."""
+    return next(folder for folder in path.absolute().parents if folder.exists())
 
 
 def write_json(path: Path, value: object) -> None:
@@ -98,6 +116,51 @@ def write_together(files: Mapping[Path, Sequence[bytes]], *, to_disk: bool = Tru
                 temporary.unlink()
 
 
+def put_in_place(complete: Path, folder: Path) -> None:
+    """Rename a complete folder to the name that it shall have; a folder of that name goes only when that is done.
+
+    Raises:
+        CoterieError: the name cannot be given; what had it before has it still.
+    """
+    replaced = folder.with_name(f".{folder.name}.replaced")
+    try:
+        if folder.exists():
+            shutil.rmtree(replaced, ignore_errors=True)  # else it is what a killed run took away and never replaced
+            folder.replace(replaced)
+        complete.replace(folder)
+    except OSError as error:
+        if replaced.exists() and not folder.exists():
+            replaced.replace(folder)
+        raise CoterieError(f"{folder}: cannot be written ({error.strerror}); give a writable folder to -o") from error
+    shutil.rmtree(replaced, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def temporary_folder() -> Iterator[str]:
+    """A new folder for temporary files, removed at the end; those of processes that were killed are removed now.
+
+    It is locked as long as this process lives, so that another one sees whether it is still in use.
+    """
+    for left in Path(tempfile.gettempdir()).glob(f"{TEMPORARY}*"):
+        with contextlib.suppress(OSError):  # if it is another user's, or in use
+            if time.time() - left.stat().st_mtime > 60:  # else it may be about to be locked
+                with _locked(left):
+                    shutil.rmtree(left)
+    with tempfile.TemporaryDirectory(prefix=TEMPORARY) as folder, _locked(Path(folder)):
+        yield folder
+
+
+@contextlib.contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """Raises BlockingIOError where another process has locked it."""
+    descriptor = os.open(folder, os.O_RDONLY)  # closed in processes that this one starts
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+    finally:
+        os.close(descriptor)
+
+
 def sync(paths: Iterable[Path]) -> None:
     """Wait until files are on the disk.
 
@@ -112,6 +175,19 @@ def sync(paths: Iterable[Path]) -> None:
             raise CoterieError(f"{path}: cannot be written ({error.strerror}); free some space") from error
 
 
+def parse_json(text: str) -> Any:
+    """What `json.loads` gives, if all text in it is text: JSON can spell half a character, which nothing can write.
+
+    Raises:
+        ValueError: it is no JSON, or holds half a character.
+        RecursionError: it is too deep.
+    """
+    value = json.loads(text)
+    if "\\ud" in text.lower():
+        json.dumps(value, ensure_ascii=False).encode()
+    return value
+
+
 def read_json(path: Path, what: str, remedy: str) -> dict[str, Any]:
     """Read one JSON artifact.
 
@@ -123,7 +199,7 @@ def read_json(path: Path, what: str, remedy: str) -> dict[str, Any]:
         CoterieError: it is missing, unreadable or not a JSON object.
     """
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        value = parse_json(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise CoterieError(f"{path}: no such file; {remedy}") from None
     except (OSError, ValueError, RecursionError) as error:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-import shutil
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +22,7 @@ from safetensors.numpy import save as to_safetensors
 
 from profiler.counts import Counts
 from profiler.errors import CoterieError
-from profiler.files import require_writable_parent, sync, write_bytes
+from profiler.files import parse_json, put_in_place, require_writable_parent, sync, write_bytes
 from profiler.spec import MoESpec
 from profiler.trace import TokenTrace
 
@@ -88,7 +88,7 @@ def open_profile(folder: Path) -> StoredProfile:
             raise CoterieError(f"{folder}: an unfinished recording; finish it with `coterie profile ... --resume`")
         raise CoterieError(f"{folder}: not a profile (it has no profile.json); make one with `coterie profile`")
     try:
-        header = json.loads((folder / "profile.json").read_text(encoding="utf-8"))
+        header = parse_json((folder / "profile.json").read_text(encoding="utf-8"))
         if header["schema_version"] != SCHEMA_VERSION:
             version = header["schema_version"]
             raise CoterieError(
@@ -132,12 +132,16 @@ def require_replaceable(folder: Path) -> None:
         raise CoterieError(f"{folder}: is no name for a profile; give one such as run.profile to -o")
     if folder.exists() and not (folder / "profile.json").is_file():
         raise CoterieError(f"{folder}: exists and is not a profile; give another name to -o")
-    strangers = [path for path in folder.glob("*") if path.name != "profile.json" and path.suffix != ".safetensors"]
-    if strangers:
-        raise CoterieError(
-            f"{folder}: holds {strangers[0].name}, which replacing would delete; give another name to -o"
-        )
+    others = strangers(folder)
+    if others:
+        raise CoterieError(f"{folder}: holds {others[0].name}, which replacing would delete; give another name to -o")
     require_writable_parent(folder)
+
+
+def strangers(folder: Path) -> list[Path]:
+    """What is in the folder of a profile, complete or not, and never was written by coterie."""
+    own = re.compile(r"profile\.json|checkpoint|.*\.safetensors|\..*\.partial")
+    return [path for path in folder.glob("*") if not own.fullmatch(path.name)]
 
 
 def write_shard(unfinished: Path, number: int, trace: TokenTrace) -> tuple[str, str]:
@@ -182,20 +186,10 @@ def finish(
     }
     header["header_digest"] = header_digest(header)
     write_bytes(unfinished / "profile.json", (json.dumps(header, indent=2) + "\n").encode())
-    for path in unfinished.iterdir():
+    put_in_place(unfinished, folder)
+    for path in folder.iterdir():  # last, so that a run that is killed before can still go on
         if path.name != "profile.json" and path.name not in files:
             path.unlink()
-    replaced = folder.with_name(f".{folder.name}.replaced")
-    try:
-        if folder.exists():
-            shutil.rmtree(replaced, ignore_errors=True)
-            folder.replace(replaced)
-        unfinished.replace(folder)
-    except OSError as error:
-        if replaced.exists() and not folder.exists():
-            replaced.replace(folder)
-        raise CoterieError(f"{folder}: cannot be written ({error.strerror}); give a writable folder to -o") from error
-    shutil.rmtree(replaced, ignore_errors=True)
 
 
 def shard_name(number: int) -> str:

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
-import shutil
-import tempfile
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -17,6 +16,7 @@ from profiler import zoo
 from profiler.calibration import Batch, Batches, Document, make_batches
 from profiler.errors import CoterieError, first_line
 from profiler.families import read_spec
+from profiler.files import temporary_folder
 from profiler.spec import MoESpec
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
@@ -91,7 +91,7 @@ class LoadedModel:
 
 def default_device() -> str:
     """The accelerator if this machine has one, else the CPU."""
-    accelerator = torch.accelerator.current_accelerator()
+    accelerator = torch.accelerator.current_accelerator(check_available=True)  # a build for CUDA may find no device
     return accelerator.type if accelerator is not None else "cpu"
 
 
@@ -137,20 +137,20 @@ def load_model(
         raise CoterieError(f"dtype {dtype!r}: must be one of {', '.join(DTYPES)}")
     device = device or default_device()
     dtype = dtype or ("float32" if device == "cpu" else "auto")
-    offload_folder = None if device_map is None else tempfile.mkdtemp(prefix="coterie-")
+    offloading = contextlib.ExitStack()
+    offload_folder = None if device_map is None else offloading.enter_context(temporary_folder())
     try:
-        tokenizer = AutoTokenizer.from_pretrained(source) if with_tokenizer else None
+        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False) if with_tokenizer else None
         loaded = AutoModelForCausalLM.from_pretrained(
-            source, dtype=dtype, device_map=device_map, offload_folder=offload_folder
+            source, dtype=dtype, device_map=device_map, offload_folder=offload_folder, trust_remote_code=False
         )
     except Exception as error:  # what loading a broken folder raises is any library's choice
-        if offload_folder is not None:
-            shutil.rmtree(offload_folder, ignore_errors=True)
+        offloading.close()
         raise CoterieError(
             f"{source}: cannot be loaded as a model ({first_line(error)}); give a model folder or hub id"
         ) from error
     if offload_folder is not None:
-        weakref.finalize(loaded, shutil.rmtree, offload_folder, ignore_errors=True)
+        weakref.finalize(loaded, offloading.close)
     else:
         try:
             loaded = loaded.to(device)
@@ -178,9 +178,11 @@ def read_shape(model: str) -> tuple[MoESpec, int]:
 
     disable_progress_bar()
     try:
-        config = AutoConfig.from_pretrained(model)
+        config = AutoConfig.from_pretrained(model, trust_remote_code=False)
         with torch.device("meta"):
-            empty = AutoModelForCausalLM.from_config(config, dtype=getattr(config, "dtype", None))
+            empty = AutoModelForCausalLM.from_config(
+                config, dtype=getattr(config, "dtype", None), trust_remote_code=False
+            )
     except Exception as error:  # what a broken config raises is any library's choice
         raise CoterieError(
             f"{model}: its config cannot be read ({first_line(error)}); give a folder with config.json or a hub id, or "

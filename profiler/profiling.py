@@ -17,7 +17,7 @@ from profiler.folder import StoredProfile
 from profiler.loading import LoadedModel
 from profiler.recorder import Recorder
 from profiler.trace import TokenTrace
-from profiler.writer import ProfileWriter
+from profiler.writer import ProfileWriter, discard_unfinished
 
 
 @torch.no_grad()
@@ -106,6 +106,8 @@ def profile_model(
         if position["batches"] and not counting:  # what was counted ends with a whole batch
             with contextlib.suppress(CoterieError):
                 writer.checkpoint(position)
+        if not writer.position:  # no checkpoint, so nothing to go on from
+            discard_unfinished(out)
         raise
     try:
         return writer.finish({**_provenance(loaded), **settings, "seed": seed})

@@ -33,6 +33,7 @@ from profiler.folder import (
     open_profile,
     require_hash,
     require_replaceable,
+    strangers,
     write_shard,
 )
 from profiler.spec import MoESpec
@@ -174,11 +175,14 @@ class ProfileWriter:
         self._run |= {"seed": seed, **(run or {})}
         self._checkpointed_at, self._pause = time.monotonic(), CHECKPOINT_SECONDS
         if self._unfinished.exists():
-            if not resume:
+            if not (self._unfinished / CHECKPOINT).is_file() and not strangers(self._unfinished):
+                discard_unfinished(folder)  # killed before its first checkpoint: there is nothing to go on from
+            elif not resume:
                 raise CoterieError(
                     f"{self._unfinished}: an unfinished recording is there; go on with --resume, or remove it"
                 )
-            self._restore()
+            else:
+                self._restore()
 
     @property
     def num_tokens(self) -> int:
@@ -239,10 +243,9 @@ class ProfileWriter:
         self._count()
         sync(self._unfinished / name for name in list(self._hashes)[self._synced :])
         self._synced = len(self._hashes)
-        self.position = dict(position)
         note = {
             "run": self._run,
-            "position": self.position,
+            "position": dict(position),
             "hashes": self._hashes,
             "traced": self._traced,
             "seen": self._reservoir.seen if self._reservoir else 0,
@@ -262,6 +265,7 @@ class ProfileWriter:
         arrays["note"] = np.frombuffer(json.dumps(note).encode(), dtype=np.uint8)
         data = to_safetensors(arrays)
         write_bytes(self._unfinished / CHECKPOINT, hashlib.sha256(data).digest(), data)
+        self.position = dict(position)
         self._checkpointed_at = time.monotonic()
         self._pause = max(CHECKPOINT_SECONDS, (self._checkpointed_at - started) / CHECKPOINT_SHARE)
 
@@ -309,8 +313,6 @@ class ProfileWriter:
 
     def _restore(self) -> None:
         path = self._unfinished / CHECKPOINT
-        if not path.is_file():  # killed before the first checkpoint
-            return
         try:
             data = path.read_bytes()
             if hashlib.sha256(data[32:]).digest() != data[:32]:

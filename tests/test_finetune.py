@@ -90,6 +90,7 @@ def test_same_seed_same_bytes_and_resuming_changes_nothing(tokenizer, tmp_path):
         weights_after(tokenizer, out, on_step=stop_at_5)
     assert not out.exists()
     assert (checkpoint_folder(out) / "checkpoint-4").is_dir()
+    (checkpoint_folder(out) / "checkpoint-6").mkdir()  # as a run that is killed while it writes one leaves it
     steps = []
     assert weights_after(tokenizer, out, resume=True, on_step=lambda step, *_: steps.append(step)) == whole
     assert steps == [5, 6]
@@ -208,3 +209,23 @@ def test_perplexity_is_that_of_each_token(tokenizer):
     )
     with pytest.raises(CoterieError, match="nothing can be predicted"):
         perplexity(model, [], "cpu")
+
+
+def test_killed_behind_the_last_step_no_other_is_taken(tokenizer, tmp_path, monkeypatch):
+    whole = weights_after(tokenizer, tmp_path / "whole")
+    with monkeypatch.context() as patch:
+        patch.setattr("placement.constraints.finetune.put_in_place", lambda *_: (_ for _ in ()).throw(StopError))
+        with pytest.raises(StopError):
+            weights_after(tokenizer, tmp_path / "out")
+    assert weights_after(tokenizer, tmp_path / "out", resume=True) == whole
+    assert len(json.loads((tmp_path / "out" / "finetune.json").read_text())["losses"]) == 6
+
+
+def test_a_full_disk_is_one_line_and_leaves_whole_checkpoints(tokenizer, tmp_path, monkeypatch):
+    def full(*_):
+        raise RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 33490560 vs 33490448")
+
+    monkeypatch.setattr("transformers.Trainer._save_optimizer_and_scheduler", full)
+    with pytest.raises(CoterieError, match=r"checkpoint-2: cannot be written .*; free some space"):
+        weights_after(tokenizer, tmp_path / "out")
+    assert [path.name for path in checkpoint_folder(tmp_path / "out").iterdir()] == ["finetune.json"]

@@ -13,6 +13,7 @@ import signal
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,14 +24,22 @@ from conftest import make_spec, make_trace, random_ids
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 from test_engine_mistakes import ENGINES, write_valid
+from test_report import bench_result
 
 from placement import cli
+from placement.constraints.config import load as load_constraint
+from placement.constraints.config import save as save_constraint
+from placement.constraints.examples import instruction_examples
+from placement.constraints.lists import collaborator_lists
+from placement.constraints.pruning import limit_ranks
+from placement.constraints.similarity import SimilarityTable
 from placement.exporters import eplb, sglang, tensorrt_llm, vllm_ascend
 from placement.exporters.contract import ServedModel, write_export
 from placement.placement_map import PlacementMap
 from placement.topology import Topology
 from profiler import Profile, zoo
 from profiler.folder import content_digest, header_digest
+from profiler.loading import LoadedModel
 from profiler.spec import MoESpec
 
 NUM_CASES = int(os.environ.get("COTERIE_FUZZ", "300"))
@@ -109,6 +118,34 @@ def texts(here: Path) -> None:
     (here / "texts" / "b.jsonl").write_text("\n".join(map(json.dumps, records)))
 
 
+def a_model(here: Path) -> None:
+    """The embedded model, which has some bytes of every kind that a model folder has."""
+    shutil.copytree(zoo.MODEL, here / "model")
+    (here / "short.txt").write_text("A little text to run.\n")
+    np.save(here / "r.npy", random_ids(0, 4, 60, 64, 8).transpose(1, 0, 2))
+
+
+def a_constraint(here: Path) -> None:
+    a_profile(here)
+    save_constraint(limit_ranks(a_plan(here), 2), here / "limit.safetensors")
+    save_constraint(collaborator_lists(Profile.load_from(here / "run.profile"), 4), here / "lists.safetensors")
+    products = np.random.default_rng(0).random((2, 8, 8))
+    SimilarityTable(make_spec(2, 8, 2), products + products.transpose(0, 2, 1), 100).save(here / "alike.safetensors")
+
+
+def a_bench(here: Path) -> None:
+    a_profile(here)
+    a_plan(here)
+    bench_result().save(here / "bench.json")
+
+
+def conversations(here: Path) -> None:
+    turns = [{"role": "user", "content": "How many?"}, {"role": "assistant", "content": "Two."}]
+    told = [{"from": "human", "value": "And?"}, {"from": "gpt", "value": "Three."}]
+    records = [{"messages": turns}, {"conversations": told}, {"instruction": "Add", "input": "1 1", "output": "2"}]
+    (here / "chats.jsonl").write_text("\n".join(map(json.dumps, records)))
+
+
 def recording(engine: str) -> Callable[[Path], None]:
     def make(here: Path) -> None:
         (here / "recording").mkdir()
@@ -137,9 +174,40 @@ TARGETS: dict[str, tuple[Callable[[Path], Any], list[list[str]]]] = {
             ["evaluate", "plan.json", "run.profile"],
             ["profile", "merge", "run.profile", "run.profile", "-o", "out/merged.profile"],
             ["profile", "split", "run.profile", "--by", "domain", "-o", "out/parts"],
+            ["inspect", "run.profile", "plan.json", "--no-study"],
+            ["constrain", "run.profile", "--method", "c2r", "--top-t", "3", "-o", "out/lists.safetensors"],
         ],
     ),
-    "plan": (lambda here: (a_profile(here), a_plan(here)), [["evaluate", "plan.json", "run.profile"], *EXPORTS]),
+    "plan": (
+        lambda here: (a_profile(here), a_plan(here)),
+        [
+            ["evaluate", "plan.json", "run.profile"],
+            ["inspect", "run.profile", "plan.json", "--no-study"],
+            ["constrain", "run.profile", "--plan", "plan.json", "--limit", "2", "-o", "out/limit.safetensors"],
+            ["report", "run.profile", "plan.json", "--no-study", "-o", "out/page.html"],
+            *EXPORTS,
+        ],
+    ),
+    "bench": (a_bench, [["report", "run.profile", "plan.json", "bench.json", "--no-study", "-o", "out/page.html"]]),
+    "constraint": (
+        a_constraint,
+        [
+            ["constraint", "limit.safetensors"],
+            ["constraint", "lists.safetensors"],
+            [
+                *("constrain", "run.profile", "--plan", "plan.json", "--method", "similarity", "--limit", "2"),
+                *("--similarity", "alike.safetensors", "-o", "out/limit.safetensors"),
+            ],
+        ],
+    ),
+    "conversations": (conversations, [["conversations", "chats.jsonl"]]),
+    "model": (
+        a_model,
+        [
+            ["import", "numpy", "r.npy", "--model", "model", "-o", "out/run.profile"],
+            ["profile", "model", "--data", "short.txt", "-o", "out/run.profile"],
+        ],
+    ),
     "checkpoint": (
         a_checkpoint,
         [["export", "plan.json", "--to", "checkpoint", "--model", "model", "-o", "out/planned"], EXPORTS[0]],
@@ -320,6 +388,17 @@ def read_texts(tokenizer: Any) -> None:
         assert batch.input_ids.ndim == 2
 
 
+def read_conversations(tokenizer: Any) -> None:
+    """What `coterie finetune --instructions` does before it trains."""
+    loaded = LoadedModel("any", None, tokenizer)
+    assert len(instruction_examples(loaded, [Path("chats.jsonl")], 64))
+
+
+def read_constraint(name: str) -> None:
+    """What `coterie finetune` and `quality` do before they have a model."""
+    assert load_constraint(Path(name)).model.num_layers
+
+
 @pytest.fixture(scope="module")
 def tokenizer() -> Any:
     from transformers import AutoTokenizer
@@ -341,8 +420,14 @@ def run(command: list[str], tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> 
     """Exit code; whatever `main` lets through comes out as it is."""
     monkeypatch.setattr(sys, "argv", ["coterie", *command])
     try:
-        if command == ["texts"]:
-            monkeypatch.setattr(cli, "app", lambda: read_texts(tokenizer))
+        if command[0] in ("texts", "conversations", "constraint"):
+            readers = {"texts": read_texts, "conversations": read_conversations}
+            read = (
+                partial(readers[command[0]], tokenizer)
+                if command[0] in readers
+                else partial(read_constraint, command[1])
+            )
+            monkeypatch.setattr(cli, "app", read)
         cli.main()
     except SystemExit as stop:
         return int(stop.code or 0)

@@ -1,6 +1,8 @@
 """Models load on one device or spread over several, and see the same tokens either way."""
 
+import contextlib
 import gc
+import json
 
 import numpy as np
 import pytest
@@ -9,7 +11,7 @@ from conftest import tiny_model
 
 from profiler import CoterieError, zoo
 from profiler.calibration import Document, read_documents
-from profiler.loading import load_model
+from profiler.loading import load_model, read_shape
 from profiler.profile import Profile
 from profiler.profiling import profile_model
 
@@ -111,3 +113,20 @@ def test_a_real_tokenizers_chat_template():
     loaded.tokenizer.chat_template = "{{ raise_exception('never') }}"
     with pytest.raises(CoterieError, match=r"refuses it \(never\)"):
         next(iter(loaded.batches(documents, 32, 4)))
+
+
+@pytest.mark.parametrize("model_type", ["own_moe", "olmoe"])
+def test_code_in_a_model_folder_is_never_run(model_type, tmp_path, monkeypatch):
+    """Neither asked for: transformers would ask on the terminal."""
+    tiny_model("olmoe").save_pretrained(tmp_path / "model")
+    config = json.loads((tmp_path / "model" / "config.json").read_text())
+    classes = {"AutoConfig": "own.OwnConfig", "AutoModelForCausalLM": "own.Own", "AutoTokenizer": ["own.Own", None]}
+    config |= {"model_type": model_type, "auto_map": classes}
+    (tmp_path / "model" / "config.json").write_text(json.dumps(config))
+    (tmp_path / "model" / "tokenizer_config.json").write_text(json.dumps({"auto_map": classes}))
+    (tmp_path / "model" / "own.py").write_text(f"import pathlib\npathlib.Path({str(tmp_path / 'was-run')!r}).touch()\n")
+    monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("asks"))
+    for load in (load_model, read_shape):
+        with contextlib.suppress(CoterieError):
+            load(str(tmp_path / "model"))
+    assert not (tmp_path / "was-run").exists()

@@ -5,16 +5,37 @@ Heavy libraries are imported by the commands that need them.
 
 from __future__ import annotations
 
+import contextlib
 import io
+import os
 import sys
+from collections.abc import Iterator
+from pathlib import Path
 
 from rich.console import Console
 
 from placement.cli import constraints, exports, imports, insights, plans, profiles, runs
 from placement.cli.app import app
 from profiler.errors import CoterieError
+from profiler.files import can_be_written, temporary_folder
 
 __all__ = ["app", "constraints", "exports", "imports", "insights", "main", "plans", "profiles", "runs"]
+
+
+@contextlib.contextmanager
+def _place_for_compiled() -> Iterator[None]:
+    """Numba refuses to work where it can keep nothing: with a read-only installation and home, say. Give it a place."""
+    near = Path(__file__).parent / "__pycache__"
+    of_user = Path(os.environ.get("XDG_CACHE_HOME", os.path.expanduser("~/.cache")), "numba")
+    if "NUMBA_CACHE_DIR" in os.environ or any(can_be_written(place / "any") for place in (near, of_user)):
+        yield
+        return
+    with temporary_folder() as folder:
+        os.environ["NUMBA_CACHE_DIR"] = folder
+        try:
+            yield
+        finally:
+            del os.environ["NUMBA_CACHE_DIR"]
 
 
 def main() -> None:
@@ -23,7 +44,8 @@ def main() -> None:
         if isinstance(stream, io.TextIOWrapper):  # names out of files, or tables, may have what it cannot encode
             stream.reconfigure(errors="backslashreplace")
     try:
-        app()
+        with _place_for_compiled():
+            app()
     except (CoterieError, OSError, MemoryError) as error:  # what the system itself refuses is the user's to mend too
         message = f"{error.filename}: {error.strerror}" if isinstance(error, OSError) and error.filename else str(error)
         one_line = " ".join(message.split()) or "not enough memory"

@@ -108,7 +108,8 @@ def profile(
                 on_progress=advance_to,
             )
     except KeyboardInterrupt:
-        notes.print(f"stopped; {unfinished_folder(out)} holds what was recorded: go on with --resume")
+        left = unfinished_folder(out)
+        notes.print(f"stopped; {left} holds what was recorded: go on with --resume" if left.exists() else "stopped")
         raise typer.Exit(130) from None
     seconds = time.perf_counter() - started
     if similarity and isinstance(alike, RouterSimilarity):
@@ -165,9 +166,15 @@ def split_profile(
         parts = recorded.split_by_phase()
     else:
         parts = dict(zip(("even", "odd"), recorded.split_by_sequence(), strict=True))
-    written = {}
-    for name, part in parts.items():
+    folders: dict[Path, str] = {}
+    for name in parts:  # as names of files, none of which leads out of the folder
         folder = out / (re.sub(r"[^\w.-]+", "-", name) + ".profile")
+        if folder in folders:
+            raise CoterieError(f"domains {folders[folder]!r} and {name!r} would both be {folder}; rename one of them")
+        folders[folder] = name
+    written = {}
+    for folder, name in folders.items():
+        part = parts[name]
         part.save(folder)
         written[str(folder)] = part.num_tokens
     if as_json:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import itertools
-import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -16,6 +15,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from profiler.calibration import Chat, Document
 from profiler.errors import CoterieError
+from profiler.files import parse_json
 from profiler.loading import LoadedModel
 
 NO_LABEL = -100
@@ -102,20 +102,22 @@ def _lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
         with path.open(encoding="utf-8") as file:
             for number, line in enumerate(file, 1):
                 if line.strip():
-                    record = json.loads(line)
+                    record = parse_json(line)
                     if not isinstance(record, dict):
                         raise CoterieError(f"{path}, line {number}: must be a JSON object, is {type(record).__name__}")
                     yield number, record
     except FileNotFoundError:
         raise CoterieError(f"{path}: no such file; give JSON lines of conversations") from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise CoterieError(f"{path}: not JSON lines of conversations ({error}); mend it") from error
 
 
 def _turns(record: dict[str, Any], place: str) -> Chat:
     if isinstance(record.get("instruction"), str) and isinstance(record.get("output"), str):
-        asked = "\n\n".join(part for part in (record["instruction"], record.get("input")) if part)
-        return [{"role": "user", "content": asked}, {"role": "assistant", "content": record["output"]}]
+        more = record.get("input")
+        if more is None or isinstance(more, str):
+            asked = "\n\n".join(part for part in (record["instruction"], more) if part)
+            return [{"role": "user", "content": asked}, {"role": "assistant", "content": record["output"]}]
     turns = record.get("messages", record.get("conversations"))
     if isinstance(turns, list) and turns:
         if all(isinstance(turn, str) for turn in turns):

@@ -11,20 +11,23 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from safetensors import SafetensorError
 from torch import nn
 
 from placement.constraints.config import FILE_NAME, digest_of, save
 from placement.constraints.constrain import Constraint, constrain
 from placement.constraints.examples import Examples, collate
-from profiler.errors import CoterieError
+from profiler.errors import CoterieError, first_line
 from profiler.families import find_moe_layers
-from profiler.files import read_json, require_writable_parent, write_json
+from profiler.files import put_in_place, read_json, require_writable_parent, write_json
 from profiler.loading import LoadedModel
 
 Part = Literal["all", "experts"]
 """What learns: all weights, or those of experts and routers only, as Occult fine-tunes."""
 
 RUN_FILE = "finetune.json"
+COMPLETE = "complete"
+"""In a checkpoint that Trainer has written whole."""
 
 OnStep = Callable[[int, int, float], None]
 """Called with steps done, steps in all and the mean loss since the last call."""
@@ -86,7 +89,7 @@ def train(
     Raises:
         CoterieError: the constraint does not fit the model, or there is nothing to go on from.
     """
-    from transformers import Trainer, TrainerCallback, TrainingArguments
+    from transformers import Trainer, TrainerCallback, TrainerState, TrainingArguments
     from transformers.trainer_utils import get_last_checkpoint
 
     micro = training.micro_batch_size or training.batch_size
@@ -116,12 +119,31 @@ def train(
             # Trainer would look for packed experts by name, find none, warn, and go on with the weights it was given.
             _load_weights(self.model, resume_from_checkpoint)
 
+        def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+            folder = work / f"checkpoint-{self.state.global_step}"
+            try:
+                super()._save_checkpoint(*args, **kwargs)
+                (folder / COMPLETE).touch()
+            except (OSError, RuntimeError, SafetensorError) as error:  # each library has its own for a full disk
+                shutil.rmtree(folder, ignore_errors=True)
+                raise CoterieError(f"{folder}: cannot be written ({first_line(error)}); free some space") from error
+
     class Steps(TrainerCallback):  # type: ignore[misc]
         def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
             if logs and "loss" in logs:
                 on_step(state.global_step, training.steps, logs["loss"])
 
-    checkpoint = get_last_checkpoint(str(work)) if resume and work.is_dir() else None
+    checkpoint = None
+    if resume and work.is_dir():
+        for folder in work.glob("checkpoint-*"):
+            if not (folder / COMPLETE).exists():  # the run was killed while it wrote it
+                shutil.rmtree(folder)
+        checkpoint = get_last_checkpoint(str(work))
+    if checkpoint is not None:
+        state = TrainerState.load_from_json(str(Path(checkpoint) / "trainer_state.json"))
+        if state.global_step >= training.steps:  # killed behind the last step; Trainer would take another one
+            _load_weights(model, checkpoint)
+            return _losses(state)
     with _trainable(model, training.part), _auxiliary_loss(model), _repeatable(), constrain(model, constraint):
         trainer = TrainerOfExperts(
             model=model, args=arguments, train_dataset=examples, data_collator=collate, callbacks=[Steps()]
@@ -129,7 +151,11 @@ def train(
         trainer.remove_callback(_printer())
         trainer.train(resume_from_checkpoint=checkpoint)
     model.eval()
-    return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    return _losses(trainer.state)
+
+
+def _losses(state: Any) -> list[float]:
+    return [entry["loss"] for entry in state.log_history if "loss" in entry]
 
 
 def finetune(
@@ -165,8 +191,9 @@ def finetune(
     }
     with constrain(loaded.model, constraint):
         pass  # refused before anything is written
-    if resume and not work.exists() and out.exists():  # done already
+    if resume and not (work / RUN_FILE).exists() and out.exists():  # done already
         _require_same_run(out, run)
+        shutil.rmtree(work, ignore_errors=True)
         _load_weights(loaded.model, out)
         return out
     if resume:
@@ -183,10 +210,12 @@ def finetune(
         if constraint is not None:
             save(constraint, unfinished / FILE_NAME)
         write_json(unfinished / RUN_FILE, {**run, "losses": losses})
-        shutil.rmtree(out, ignore_errors=True)
-        unfinished.rename(out)
+        put_in_place(unfinished, out)
+    except SafetensorError as error:  # from the disk, which it names inside
+        raise CoterieError(f"{out}: cannot be written ({first_line(error)}); free some space") from error
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
+    (work / RUN_FILE).unlink()  # first, so that a run that is killed here is known to be done
     shutil.rmtree(work, ignore_errors=True)
     return out
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
-import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,6 +17,7 @@ from torch.multiprocessing.spawn import ProcessExitedException, ProcessRaisedExc
 
 from placement.runtime.membership import RankLostError, describe, joined, member_of, own_device
 from profiler.errors import CoterieError
+from profiler.files import temporary_folder
 
 Worker = Callable[[int, torch.device, dict[str, Any]], dict[str, Any]]
 """Called on every rank with its number, its device and the arguments; returns what `json` can hold."""
@@ -42,7 +43,7 @@ def run_on_ranks(
     Raises:
         CoterieError: a rank failed; the message names the first error.
     """
-    with tempfile.TemporaryDirectory(prefix="coterie-") as folder, _environment(num_ranks):
+    with temporary_folder() as folder, _environment(num_ranks):
         try:
             processes = start_processes(
                 _run_rank,
@@ -128,6 +129,9 @@ def _run_rank(
     def report(line: str) -> None:
         (Path(folder) / f"{rank}.error").write_text(line)
 
+    parent = multiprocessing.parent_process()
+    if parent is not None and not parent.is_alive():  # it was killed while this rank was starting
+        os._exit(1)
     try:
         if before_joining is not None:
             before_joining(rank)

@@ -6,6 +6,7 @@ import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
+from typing import Any
 
 from placement.topology import Links
 from profiler.errors import CoterieError
@@ -161,16 +162,32 @@ class BenchResult:
         try:
             if value.pop("schema_version") != SCHEMA_VERSION:
                 raise CoterieError(f"{path}: not a bench result of schema_version {SCHEMA_VERSION}; bench again")
-            runs = tuple(
-                BenchRun(**{**run, "links": Links.from_json(run["links"]), "rows": tuple(map(_row, run["rows"]))})
-                for run in value.pop("runs")
-            )
+            runs = tuple(map(_run, value.pop("runs")))
             result = cls(**value, runs=runs)
-            if not runs or not all(run.rows for run in runs) or type(result.repeats) is not int:
+            _require_kinds(result)
+            if not runs or not all(run.rows for run in runs):
                 raise CoterieError(f"{path}: not a bench result (no rows, or no numbers in them); bench again")
             return result
         except (AttributeError, KeyError, TypeError) as error:
             raise CoterieError(f"{path}: not a bench result ({error}); bench again") from error
+
+
+def _run(value: Mapping[str, Any]) -> BenchRun:
+    rows, links = tuple(map(_row, value["rows"])), Links.from_json(value["links"])
+    run = BenchRun(**{**value, "links": links, "rows": rows})
+    _require_kinds(run)
+    if any(type(found) not in (int, float) for found in run.correlations.values()):
+        raise TypeError(f"correlations are {run.correlations!r}")
+    return run
+
+
+def _require_kinds(read: BenchRun | BenchResult) -> None:
+    """A TypeError where a field that holds one value holds one of another kind."""
+    kinds = {"int": (int,), "bool": (bool,), "str": (str,), "str | None": (str, type(None))}
+    for field in fields(read):
+        found = getattr(read, field.name)
+        if str(field.type) in kinds and type(found) not in kinds[str(field.type)]:
+            raise TypeError(f"{field.name} is {found!r}")
 
 
 def _row(value: Mapping[str, object]) -> BenchRow:
@@ -178,7 +195,8 @@ def _row(value: Mapping[str, object]) -> BenchRow:
     for field in fields(BenchRow):
         cell = value[field.name]
         if field.type == "Spread":
-            assert isinstance(cell, dict)
+            if not isinstance(cell, dict):
+                raise TypeError(f"{field.name} is {cell!r}")
             cell = Spread(**cell)
         numbers = [cell.median, cell.least, cell.most] if isinstance(cell, Spread) else [cell]
         kinds = {"str": (str,), "float | None": (int, float, type(None))}.get(str(field.type), (int, float))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import numpy as np
-from scipy.optimize import quadratic_assignment
 
 from placement.solvers.contract import LayerProblem, Slots, slots_of_ranks
 from placement.solvers.copies import with_copies
@@ -19,6 +18,8 @@ def quadratic(problem: LayerProblem, rng: np.random.Generator) -> Slots:
     gives every place the same gradient here, so starts are random.  The best of several is swapped to a local optimum,
     as 2-opt does.
     """
+    from scipy.optimize import quadratic_assignment  # takes a third of a second
+
     rank_of_place = np.repeat(np.arange(problem.num_ranks), equal_sizes(problem.num_experts, problem.num_ranks))
     same_rank = (rank_of_place[:, None] == rank_of_place).astype(np.float64)
     collaboration = problem.coactivation

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import numpy as np
 import numpy.typing as npt
-from scipy.optimize import linear_sum_assignment
 
 from placement.solvers.contract import LayerProblem, Slots, slots_of_ranks
 from placement.solvers.copies import with_copies
@@ -46,6 +45,8 @@ def _embedding(affinity: Floats, dimensions: int) -> Floats:
 
 def _balanced_clusters(points: Floats, sizes: npt.NDArray[np.int64], rng: np.random.Generator) -> RankOfExpert:
     """The rank of each point; centres start far apart, each new one with chances by squared distance (k-means++)."""
+    from scipy.optimize import linear_sum_assignment  # takes a third of a second
+
     centres = points[rng.integers(len(points))][None]
     while len(centres) < len(sizes):
         away = _squared_distances(points, centres).min(axis=1)
