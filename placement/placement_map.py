@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -166,6 +167,7 @@ class PlacementMap:
             if not isinstance(value["solver"], dict) or not isinstance(value["solver"].get("name"), str):
                 raise CoterieError(f"solver {value['solver']!r}: must be an object with a name")
             _check_metrics(value["metrics"])
+            json.dumps(value, allow_nan=False)  # a number that is none could not be written again
             return cls(
                 model=model,
                 topology=Topology.from_json(value["topology"]),
@@ -177,7 +179,7 @@ class PlacementMap:
             )
         except CoterieError as error:
             raise CoterieError(f"{path}: {error}") from error
-        except (AttributeError, KeyError, TypeError, OverflowError) as error:
+        except (AttributeError, KeyError, TypeError, ValueError, OverflowError) as error:
             raise CoterieError(f"{path}: not a placement map ({type(error).__name__}: {error}); plan again") from error
 
 

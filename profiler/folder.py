@@ -96,6 +96,11 @@ def open_profile(folder: Path) -> StoredProfile:
             )
         if header["header_digest"] != header_digest(header):
             raise CoterieError(f"{folder / 'profile.json'}: edited since it was recorded; profile again")
+        traced, domains = header["num_traced_tokens"], header["domains"]
+        if type(traced) is not int or traced < 0 or not isinstance(header["provenance"], dict):
+            raise CoterieError(f"{folder / 'profile.json'}: num_traced_tokens {traced!r} or provenance; profile again")
+        if not isinstance(domains, list) or not all(isinstance(domain, str) for domain in domains):
+            raise CoterieError(f"{folder / 'profile.json'}: domains {domains!r} must be names; profile again")
         for name, expected in header["files"].items():
             if Path(name).name != name:
                 raise CoterieError(f"{folder / 'profile.json'}: names {name!r}, which is no file of its own")
@@ -104,10 +109,10 @@ def open_profile(folder: Path) -> StoredProfile:
         stored = StoredProfile(
             folder=folder,
             model=MoESpec.from_json(header["model"]),
-            domains=tuple(header["domains"]),
+            domains=tuple(domains),
             counts=_read_counts(arrays),
             shards=tuple(sorted(name for name in header["files"] if name.startswith("tokens-"))),
-            num_traced_tokens=header["num_traced_tokens"],
+            num_traced_tokens=traced,
             provenance=header["provenance"],
             digest=header["digest"],
         )

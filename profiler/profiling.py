@@ -114,6 +114,8 @@ def profile_model(
     except CoterieError:
         with contextlib.suppress(CoterieError):
             writer.checkpoint(position)
+        if not writer.position:
+            discard_unfinished(out)
         raise
 
 

@@ -19,7 +19,7 @@ profile --data texts --max-tokens 2000 --sequence-length 64 --max-traced-tokens 
 profile merge run.profile run.profile -o merged.profile
 profile split run.profile --by domain -o parts
 plan run.profile --ranks 4 --nodes 2 --links h100 --kicks 1 --seed 3 -o plan.json
-plan run.profile --ranks 4 --redundant-experts 8 --strategy load --seed 3 -o copies.json
+plan run.profile --ranks 4 --redundant-experts 8 --strategy load --kicks 1 --seed 3 -o copies.json
 constrain run.profile --plan plan.json --limit 2 -o limit.safetensors
 export plan.json --to sglang -o sglang.json
 export plan.json --to tensorrt-llm -o trt.yaml

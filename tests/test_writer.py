@@ -222,3 +222,28 @@ def test_a_killed_process_resumes(tmp_path, monkeypatch):
     resumed = record_embedded_model(tmp_path / "killed", resume=True)
     assert contents(tmp_path / "killed") == contents(tmp_path / "whole")
     assert resumed.digest == whole.digest
+
+
+def test_a_recording_that_fails_before_its_first_checkpoint_leaves_nothing(tmp_path, monkeypatch):
+    def full(*_, **__):
+        unfinished_folder(tmp_path / "run").mkdir(exist_ok=True)
+        raise CoterieError("No space left on device")
+
+    monkeypatch.setattr("profiler.writer.write_shard", full)
+    monkeypatch.setattr("profiler.writer.write_bytes", full)
+    with pytest.raises(CoterieError, match="No space left"):
+        record_embedded_model(tmp_path / "run")
+    assert [path.name for path in tmp_path.iterdir()] == ["texts"]
+
+
+def test_what_a_killed_import_left_is_no_recording_to_go_on_with(tmp_path):
+    writer = ProfileWriter(tmp_path / "run", SPEC, DOMAINS)
+    writer.add(TRACE)
+    assert [path.suffix for path in unfinished_folder(tmp_path / "run").iterdir()].count(".safetensors") > 0
+    again = ProfileWriter(tmp_path / "run", SPEC, DOMAINS)
+    feed(again)
+    assert again.finish({}).num_tokens == 1000
+    (unfinished_folder(tmp_path / "run")).mkdir()
+    (unfinished_folder(tmp_path / "run") / "mine.txt").touch()
+    with pytest.raises(CoterieError, match="unfinished recording"):
+        ProfileWriter(tmp_path / "run", SPEC, DOMAINS)

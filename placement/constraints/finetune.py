@@ -144,12 +144,14 @@ def train(
         if state.global_step >= training.steps:  # killed behind the last step; Trainer would take another one
             _load_weights(model, checkpoint)
             return _losses(state)
+    use_cache = model.config.use_cache  # Trainer turns it off, and it would be off in what is written
     with _trainable(model, training.part), _auxiliary_loss(model), _repeatable(), constrain(model, constraint):
         trainer = TrainerOfExperts(
             model=model, args=arguments, train_dataset=examples, data_collator=collate, callbacks=[Steps()]
         )
         trainer.remove_callback(_printer())
         trainer.train(resume_from_checkpoint=checkpoint)
+    model.config.use_cache = use_cache
     model.eval()
     return _losses(trainer.state)
 

@@ -90,7 +90,7 @@ class Membership:
         lost = isinstance(error, RuntimeError) and any(word in str(error) for word in _LOST)
         if lost:
             # Whoever failed first says so at once; whoever died is found by its silence.
-            deadline = time.monotonic() + SILENCE_SECONDS + 3
+            deadline = time.monotonic() + SILENCE_SECONDS + 8  # its thread may get little of a busy processor
             while time.monotonic() < deadline and not self._stopped.is_set():
                 time.sleep(0.05)
             if self._stopped.is_set():  # the thread has found out, and ends this process
