@@ -63,7 +63,7 @@ def plan(
     ] = None,
     load_cap: Annotated[
         float | None,
-        typer.Option(help="Largest load of a rank over the mean; 1 + 0.49 / slots, 1.06 to 1.15, if left out."),
+        typer.Option(help="Largest load of a rank over the mean; 1 + 0.5 / slots, 1.06 to 1.15, if left out."),
     ] = None,
     domain_weight: Annotated[
         list[str] | None, typer.Option(help="Such as code=2: plan for a mixture of domains; others count 0.")

@@ -46,14 +46,14 @@ STRATEGIES: dict[str, Strategy] = {
 
 ALWAYS_COMPARED = ("linear", "random", "load", "search")
 
-LEAST_LOAD_CAP, LOAD_CAP_OF_ONE_EXPERT, MOST_LOAD_CAP = 1.06, 0.49, 1.15
-"""The default load cap is 1 + 0.49 / slots a rank, between these: the fewer experts a rank holds, the more traffic it
+LEAST_LOAD_CAP, LOAD_CAP_OF_ONE_EXPERT, MOST_LOAD_CAP = 1.06, 0.5, 1.15
+"""The default load cap is 1 + 0.5 / slots a rank, between these: the fewer experts a rank holds, the more traffic it
 costs to balance them.  Chosen on recorded routing, see docs/log.md."""
 
 NUM_FOLDS = 4
 """Parts of the sequences that a plan has to be good on; how other numbers did is in docs/log.md."""
 
-TOGETHER = 0.75
+TOGETHER = 2 / 3
 """What all tokens together count beside the mean over folds: a fold alone overstates how far sequences differ."""
 
 TRANSFER_TO_COMPUTE = 1.75
