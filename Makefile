@@ -2,7 +2,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-engines fuzz faults nightly package lint types check model benchmarks clean
+.PHONY: demo test test-engines fuzz faults nightly package lint types check model benchmarks network-benchmarks clean
 
 demo: $(VENV)/installed  ## profile, plan, run and show the embedded model
 	$(BIN)/coterie demo
@@ -48,7 +48,14 @@ benchmarks: $(VENV)/installed  ## measure again what benchmarks/results holds
 	$(BIN)/python -m benchmarks.routing_structure
 	$(BIN)/python -m benchmarks.planner
 	$(BIN)/python -m benchmarks.permuting
+	$(BIN)/python -m benchmarks.cost_model
+	$(BIN)/python -m benchmarks.certificates
 	$(BIN)/python -m benchmarks.constraints
+
+NETWORK_PARTS := prefill training decode nodes deepseek-v2-lite gpt-oss-20b maps one-machine
+network-benchmarks: demo  ## measure again what benchmarks/runtime holds, twice, on an idle machine; as root
+	$(BIN)/python -m benchmarks.runtime plans coterie-demo
+	for run in 1 2; do for part in $(NETWORK_PARTS); do $(BIN)/python -m benchmarks.runtime $$part $$run || exit 1; done; done
 
 $(VENV)/installed: pyproject.toml requirements.lock
 	$(PYTHON) -c 'import sys; sys.exit(f"Python 3.11 or newer is needed, this is {sys.version.split()[0]}; set PYTHON=..." if sys.version_info < (3, 11) else 0)'
