@@ -53,7 +53,7 @@ costs to balance them.  Chosen on recorded routing, see docs/log.md."""
 NUM_FOLDS = 4
 """Parts of the sequences that a plan has to be good on; how other numbers did is in docs/log.md."""
 
-TOGETHER = 2 / 3
+TOGETHER = 0.75
 """What all tokens together count beside the mean over folds: a fold alone overstates how far sequences differ."""
 
 TRANSFER_TO_COMPUTE = 1.75
