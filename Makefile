@@ -2,7 +2,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-engines fuzz faults nightly package lint types check model benchmarks network-benchmarks clean
+.PHONY: demo test test-engines fuzz faults nightly package lint types check model benchmarks network-benchmarks reference clean
 
 demo: $(VENV)/installed  ## profile, plan, run and show the embedded model
 	$(BIN)/coterie demo
@@ -33,7 +33,6 @@ types: $(VENV)/installed
 
 check: lint types test  ## what has to pass before a change lands
 
-.PHONY: reference
 reference: $(VENV)/installed  ## write docs/reference again
 	$(BIN)/python docs/make_reference.py
 

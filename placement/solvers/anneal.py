@@ -29,7 +29,7 @@ Floats = npt.NDArray[np.float64]
 Ints = npt.NDArray[np.int64]
 
 TRIES_PER_KICK = 90
-"""Changes tried for each kick that a search without copies would make; they cost about the same."""
+"""Changes tried for each kick that a search without copies would make."""
 
 MAX_SETS = 4_000
 """Token sets to judge changes by: a draw of so many tokens where there are more."""
