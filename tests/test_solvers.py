@@ -132,7 +132,10 @@ def slow_objective(problem, rank_of, power):
                 intra += weight * ranks.count(rank) * (ranks.count(rank) - 1) / 2
             for node in {rank // topology.ranks_per_node for rank in ranks}:
                 nodes[node] += weight / total
-        norms = [(values**power).sum() ** (1 / power) for values in (reached, nodes, load / max(load.mean(), 1e-300))]
+        norms = [
+            (values**p).sum() ** (1 / p)
+            for values, p in ((reached, power), (nodes, power), (load / max(load.mean(), 1e-300), 2 * power))
+        ]
         values.append(
             weights.ingress * norms[0]
             + weights.node_ingress * norms[1]

@@ -56,7 +56,7 @@ NUM_FOLDS = 4
 TOGETHER = 0.75
 """What all tokens together count beside the mean over folds: a fold alone overstates how far sequences differ."""
 
-TRANSFER_TO_COMPUTE = 1.75
+TRANSFER_TO_COMPUTE = 2.0
 """How many times as long as a random plan's experts its dispatch, and its combine, are taken to last without links."""
 
 OBJECTIVES = ("time", "fan-out", "balance", "collaboration")
@@ -188,7 +188,7 @@ def layer_problems(profile: Profile, topology: Topology, options: Options) -> li
             num_groups=model.num_groups if options.preserve_groups else 1,
             objective=objective,
             worst_fold=options.worst_domain,
-            together=0.0 if options.num_redundant else TOGETHER,  # with copies it is not measured
+            together=0.0 if options.num_redundant else TOGETHER,  # with copies it makes no difference
         )
         problems.append(problem)
     return problems

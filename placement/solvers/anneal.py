@@ -34,7 +34,7 @@ TRIES_PER_KICK = 90
 MAX_SETS = 4_000
 """Token sets to judge changes by: a draw of so many tokens where there are more."""
 
-LOAD_COUNTS = 8.0
+LOAD_COUNTS = 5.0
 """How much more load weighs here than without copies: these balance nearly any load, for a little of the traffic."""
 
 EXCESS_COUNTS = 5.0
@@ -244,7 +244,7 @@ def _count(
 @numba.njit(cache=True, nogil=True)
 def _value(served: Served, tokens: Tokens, weights: Weights, load_cap: float, worst_fold: bool) -> float:
     """The objective, and what load above the cap costs."""
-    doublings = DOUBLINGS[-1]
+    doublings, of_load = DOUBLINGS[-1], DOUBLINGS[-1] + 1
     num_ranks, num_folds = served.reached.shape
     shares = tokens.fold_shares
     of_fold = np.zeros(num_folds + 1)
@@ -258,10 +258,10 @@ def _value(served: Served, tokens: Tokens, weights: Weights, load_cap: float, wo
                 reached = (served.reached[rank] * shares).sum()
                 load = (served.load[rank] * shares).sum() / mean_load
             reach_powers += power(max(reached, 0.0), doublings)
-            load_powers += power(max(load, 0.0), doublings)
+            load_powers += power(max(load, 0.0), of_load)
             fan_out += reached
         of_fold[fold] = weights.ingress * root(reach_powers, doublings) + weights.fan_out * fan_out
-        of_fold[fold] += weights.load * root(load_powers, doublings)
+        of_fold[fold] += weights.load * root(load_powers, of_load)
         if weights.node_ingress > 0:
             powers = 0.0
             for node in range(len(served.node_reached)):

@@ -26,8 +26,9 @@ from placement.solvers.contract import LayerProblem
 Floats = npt.NDArray[np.float64]
 Ints = npt.NDArray[np.int64]
 
-DOUBLINGS = (3, 4)
-"""Descents take norms with p = 2^3, then 2^4: first one that feels several ranks, then one closer to the maximum."""
+DOUBLINGS = (3, 4, 5)
+"""Descents take norms with p = 2^3, 2^4 and 2^5: first one that feels several ranks, then ones closer to the maximum.
+Of load they take twice these: loads lie so close together that lower powers see little but their sum."""
 
 SWAPS_PER_KICK = 3
 
@@ -188,13 +189,13 @@ def root_at_least(change: float, doublings: int) -> float:
     """A lower bound of root(1 + change) without taking roots: most swaps are passed over by it alone.
 
     The second-order series lies below the root of a growing value.  Of a shrinking one the terms left out add less than
-    1.2 of the second, as long as a quarter is left.
+    1.3 of the second, as long as a quarter is left.
     """
     if change <= -0.75:
         return 0.0
     slope = 1.0 / (1 << doublings)
     bend = slope * (1.0 - slope) / 2
-    return 1.0 + change * slope - (1.0 if change > 0 else 2.2) * bend * change * change
+    return 1.0 + change * slope - (1.0 if change > 0 else 2.3) * bend * change * change
 
 
 @numba.njit(cache=True, nogil=True)
@@ -297,9 +298,10 @@ def descend(
     Args:
         load: float64 (E,), and `limit`: the largest load of a rank, in the same unit.
         shape: nodes, ranks a node, slots a rank.
-        doublings: norms have p = 2^doublings.
+        doublings: norms have p = 2^doublings, of load twice that.
         order: in which experts take turns.
     """
+    of_load = doublings + 1
     num_nodes, ranks_per_node, slots_per_rank = shape
     num_ranks = num_nodes * ranks_per_node
     num_experts, num_folds = tokens.picked.shape
@@ -343,7 +345,7 @@ def descend(
                 reach_powers[fold], node_powers[fold], load_powers[fold], fan_out[fold] = 0.0, 0.0, 0.0, 0.0
                 for rank in range(num_ranks):
                     reach_powers[fold] += power(ranks.reached[rank, fold], doublings)
-                    load_powers[fold] += power(fold_load[rank, fold], doublings)
+                    load_powers[fold] += power(fold_load[rank, fold], of_load)
                     fan_out[fold] += ranks.reached[rank, fold]
                 for node in range(len(nodes.reached)):
                     node_powers[fold] += power(nodes.reached[node, fold], doublings)
@@ -351,7 +353,7 @@ def descend(
                 load_powers[fold] = max(load_powers[fold], 1e-300)
                 node_powers[fold] = max(node_powers[fold], 1e-300)
                 reach_norm[fold] = weights.ingress * root(reach_powers[fold], doublings)
-                load_norm[fold] = weights.load * root(load_powers[fold], doublings)
+                load_norm[fold] = weights.load * root(load_powers[fold], of_load)
                 node_norm[fold] = weights.node_ingress * root(node_powers[fold], doublings) if by_node else 0.0
                 trial[fold] = reach_norm[fold] + load_norm[fold] + node_norm[fold] + weights.fan_out * fan_out[fold]
             value = over_folds(trial, tokens.counts, worst_fold)
@@ -398,10 +400,10 @@ def descend(
                 if weights.load > 0:
                     gained = ((picked[b, fold] if b >= 0 else 0.0) - picked[a, fold]) / mean_load[fold]
                     old_r, old_s = fold_load[r, fold], fold_load[s, fold]
-                    change = power(old_r + gained, doublings) + power(old_s - gained, doublings)
-                    change -= power(old_r, doublings) + power(old_s, doublings)
+                    change = power(old_r + gained, of_load) + power(old_s - gained, of_load)
+                    change -= power(old_r, of_load) + power(old_s, of_load)
                     new_load[fold] = load_powers[fold] + change
-                    at_least += counted * load_norm[fold] * root_at_least(change / load_powers[fold], doublings)
+                    at_least += counted * load_norm[fold] * root_at_least(change / load_powers[fold], of_load)
                 if by_node:
                     change = 0.0
                     if u != v:
@@ -425,7 +427,7 @@ def descend(
                 if weights.ingress > 0:
                     trial[fold] += weights.ingress * root(max(new_reach[fold], 0.0), doublings)
                 if weights.load > 0:
-                    trial[fold] += weights.load * root(max(new_load[fold], 0.0), doublings)
+                    trial[fold] += weights.load * root(max(new_load[fold], 0.0), of_load)
                 if by_node:
                     trial[fold] += weights.node_ingress * root(max(new_node[fold], 0.0), doublings)
             found = over_folds(trial, tokens.counts, worst_fold) - weights.collaboration * gain
