@@ -13,6 +13,7 @@ Sums are exact up to the order of addition.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -220,7 +221,7 @@ class _Dispatch(torch.autograd.Function):
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         ctx.sizes, ctx.hop, ctx.meter = index.sizes, hop, meter
         packed = torch.cat([_as_bytes(weights), _as_bytes(index.codes)], dim=1)
-        arrived, packed = _exchange((rows, packed), (index.sizes.rows, index.sizes.pairs), hop, meter)
+        arrived, packed = exchange((rows, packed), (index.sizes.rows, index.sizes.pairs), hop, meter)
         width = weights.element_size()
         weight, codes = _from_bytes(packed[:, :width], weights.dtype), _from_bytes(packed[:, width:], index.codes.dtype)
         ctx.mark_non_differentiable(codes)
@@ -231,18 +232,18 @@ class _Dispatch(torch.autograd.Function):
         ctx: Any, to_rows: torch.Tensor, to_weights: torch.Tensor, _codes: torch.Tensor
     ) -> tuple[torch.Tensor | None, ...]:
         splits = (ctx.sizes.rows.reversed, ctx.sizes.pairs.reversed)
-        return *_exchange((to_rows, to_weights), splits, ctx.hop, ctx.meter), None, None, None
+        return *exchange((to_rows, to_weights), splits, ctx.hop, ctx.meter), None, None, None
 
 
 class _Combine(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, partial_sums: torch.Tensor, index: HopIndex, hop: Hop, meter: Meter) -> torch.Tensor:
         ctx.sizes, ctx.hop, ctx.meter = index.sizes, hop, meter
-        return _exchange((partial_sums,), (index.sizes.rows.reversed,), hop, meter)[0]
+        return exchange((partial_sums,), (index.sizes.rows.reversed,), hop, meter)[0]
 
     @staticmethod
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        return *_exchange((gradient,), (ctx.sizes.rows,), ctx.hop, ctx.meter), None, None, None
+        return *exchange((gradient,), (ctx.sizes.rows,), ctx.hop, ctx.meter), None, None, None
 
 
 def _as_bytes(values: torch.Tensor) -> torch.Tensor:
@@ -253,21 +254,55 @@ def _from_bytes(columns: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     return columns.clone(memory_format=torch.contiguous_format).view(dtype).flatten()
 
 
-def _exchange(
-    tensors: tuple[torch.Tensor, ...], splits: tuple[Splits, ...], hop: Hop, meter: Meter
+def exchange(
+    tensors: Sequence[torch.Tensor], splits: Sequence[Splits], hop: Hop, meter: Meter
 ) -> tuple[torch.Tensor, ...]:
-    """Start every exchange before waiting for any, so that their latencies overlap."""
-    outputs, pending = [], []
+    """Send consecutive rows of each tensor to each member: what came from them, in their order.
+
+    All are under way before any is waited for, so that their latencies overlap.
+    """
+    tensors = [tensor.contiguous() for tensor in tensors]
+    outputs = [
+        tensor.new_empty((sum(split.received), *tensor.shape[1:]))
+        for tensor, split in zip(tensors, splits, strict=True)
+    ]
     for tensor, split in zip(tensors, splits, strict=True):
-        output = tensor.new_empty((sum(split.received), *tensor.shape[1:]))
-        work = dist.all_to_all_single(
-            output, tensor.contiguous(), split.received, split.to, group=hop.group, async_op=True
-        )
         row_bytes = tensor[:1].numel() * tensor.element_size()
         meter.count_sent(split.to, row_bytes, hop.member, hop.across_nodes)
-        outputs.append(output)
-        pending.append(work)
-    for work in pending:
+    start = _start_one_by_one if outputs[0].device.type == "cpu" else _start_all_to_all
+    for work in start(outputs, tensors, splits, hop):
         if work is not None:
             work.wait()
     return tuple(outputs)
+
+
+def _start_all_to_all(
+    outputs: Sequence[torch.Tensor], tensors: Sequence[torch.Tensor], splits: Sequence[Splits], hop: Hop
+) -> list[dist.Work | None]:
+    return [
+        dist.all_to_all_single(output, tensor, split.received, split.to, group=hop.group, async_op=True)
+        for output, tensor, split in zip(outputs, tensors, splits, strict=True)
+    ]
+
+
+def _start_one_by_one(
+    outputs: Sequence[torch.Tensor], tensors: Sequence[torch.Tensor], splits: Sequence[Splits], hop: Hop
+) -> list[dist.Work | None]:
+    """Post every receive before anything is sent.
+
+    gloo has one connection for two ranks, where the word that one is ready to receive waits behind what it sends: its
+    all_to_all sends one way after the other as often as both at once, see docs/log.md.
+    """
+    ranks = dist.get_process_group_ranks(hop.group)
+    pending: list[dist.Work | None] = []
+    sends = []
+    for tag, (output, tensor, split) in enumerate(zip(outputs, tensors, splits, strict=True)):
+        received, to = output.split(split.received), tensor.split(split.to)
+        received[hop.member].copy_(to[hop.member])
+        for step in range(1, hop.num_members):  # the next one first, so that not all begin with the same one
+            source, target = (hop.member - step) % hop.num_members, (hop.member + step) % hop.num_members
+            if len(received[source]):
+                pending.append(dist.irecv(received[source], ranks[source], hop.group, tag))
+            if len(to[target]):
+                sends.append((to[target], ranks[target], tag))
+    return pending + [dist.isend(rows, rank, hop.group, tag) for rows, rank, tag in sends]

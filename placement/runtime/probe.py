@@ -9,8 +9,20 @@ from collections.abc import Callable
 import torch
 import torch.distributed as dist
 
-from placement.runtime.exchange import HopIndex, Pairs, Route, Splits, combine, dispatch, index_hop, plan_sizes
+from placement.runtime.exchange import (
+    Hop,
+    HopIndex,
+    Pairs,
+    Route,
+    Splits,
+    combine,
+    dispatch,
+    exchange,
+    index_hop,
+    plan_sizes,
+)
 from placement.runtime.grouped import grouped_mm
+from placement.runtime.meter import Meter
 from placement.timing import WEIGHT_BYTES
 from placement.topology import Links
 
@@ -43,8 +55,8 @@ def measure_links(route: Route, device: torch.device, hidden_size: int, expert_s
     index = dispatch_nothing()
     dispatch_startup = _slowest(dispatch_nothing, group, device)
     combine_startup = _slowest(lambda: combine(hidden, index, hop, 0, route), group, device)
-    near = _bandwidth([not far for far in hop.across_nodes], hop.member, group, device, combine_startup)
-    across = _bandwidth(list(hop.across_nodes), hop.member, group, device, combine_startup)
+    near = _bandwidth([not far for far in hop.across_nodes], hop, device, combine_startup)
+    across = _bandwidth(list(hop.across_nodes), hop, device, combine_startup)
 
     values = torch.randn(PRODUCT_ROWS, hidden_size, device=device)
     weight = torch.randn(1, hidden_size, 2 * expert_size, device=device)
@@ -68,21 +80,15 @@ def measure_links(route: Route, device: torch.device, hidden_size: int, expert_s
     )
 
 
-def _bandwidth(
-    to: list[bool], member: int, group: dist.ProcessGroup, device: torch.device, startup: float
-) -> float | None:
+def _bandwidth(to: list[bool], hop: Hop, device: torch.device, startup: float) -> float | None:
     """Bytes/s into a rank from some of the others; None where there are none."""
-    rows = [int(wanted and other != member) for other, wanted in enumerate(to)]
+    rows = [int(wanted and other != hop.member) for other, wanted in enumerate(to)]
     if not sum(rows):
         return None
     splits = Splits(rows, rows)
     sent = torch.zeros((sum(rows), PAIR_BYTES), dtype=torch.uint8, device=device)
-    received = torch.empty_like(sent)
-
-    def send() -> None:
-        dist.all_to_all_single(received, sent, splits.received, splits.to, group=group)
-
-    return len(sent) * PAIR_BYTES / max(_slowest(send, group, device) - startup, 1e-9)
+    seconds = _slowest(lambda: exchange((sent,), (splits,), hop, Meter()), hop.group, device)
+    return len(sent) * PAIR_BYTES / max(seconds - startup, 1e-9)
 
 
 def _slowest(action: Callable[[], object], group: dist.ProcessGroup, device: torch.device) -> float:
