@@ -11,6 +11,8 @@ import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import numpy as np
+
 from benchmarks import traces
 from benchmarks.record import circumstances
 from placement.placement_map import PlacementMap
@@ -28,6 +30,9 @@ RATE = "400mbit"
 STRATEGIES = ("random", "load", "occult", "metis", "spectral", "quadratic", "search")
 REPLAYED = ("deepseek-v2-lite", "gpt-oss-20b")
 EVERY_NTH_LAYER = 6
+STEPS = (1, 2, 3, 4)
+"""Of the five layers replayed, how many have the search's plan in maps between file order and the search: strategies come
+in two heaps, whose members differ by less than a run does from the next."""
 
 
 @dataclass(frozen=True)
@@ -73,8 +78,8 @@ PARTS = {
         "gpt-oss-20b",
     ),
     "maps": Part(
-        "Routing of DeepSeek-V2-Lite on 4 hosts, all strategies, narrow experts",
-        tuple(f"deepseek-v2-lite-{name}-4" for name in STRATEGIES),
+        "Routing of DeepSeek-V2-Lite on 4 hosts, all strategies and steps between, narrow experts",
+        tuple(f"deepseek-v2-lite-{name}-4" for name in (*STRATEGIES, *(f"search-in-{n}" for n in STEPS))),
         replace(ON_NETWORK, sequences_per_rank=(1,), expert_size=64, repeats=5),
         "deepseek-v2-lite",
     ),
@@ -104,8 +109,16 @@ def make_plans(demo: Path) -> None:
         planned, unseen = traces.load(name, EVERY_NTH_LAYER).split_by_sequence()
         unseen.save(WORK / f"{name}.profile")
         topology = Topology.for_experts(planned.model.num_experts, 4)
-        for strategy in STRATEGIES if name == "deepseek-v2-lite" else ("search",):
+        searched = plan(planned, topology, "search")
+        searched.save(WORK / f"{name}-search-4.json")
+        if name != "deepseek-v2-lite":
+            continue
+        for strategy in STRATEGIES[:-1]:
             plan(planned, topology, strategy).save(WORK / f"{name}-{strategy}-4.json")
+        linear = PlacementMap.linear(planned.model, topology).physical_to_logical_map
+        for step in STEPS:
+            slots = np.concatenate([searched.physical_to_logical_map[:step], linear[step:]])
+            replace(searched, physical_to_logical_map=slots).save(WORK / f"{name}-search-in-{step}-4.json")
 
 
 def measure(name: str, number: int) -> None:
