@@ -31,8 +31,8 @@ STRATEGIES = ("random", "load", "occult", "metis", "spectral", "quadratic", "sea
 REPLAYED = ("deepseek-v2-lite", "gpt-oss-20b")
 EVERY_NTH_LAYER = 6
 STEPS = (1, 2, 3, 4)
-"""Of the five layers replayed, how many have the search's plan in maps between file order and the search: strategies come
-in two heaps, whose members differ by less than a run does from the next."""
+"""Of the five layers replayed, how many have the search's plan in maps between file order and the search: strategies
+come in two heaps, whose members differ by less than one run does from the next."""
 
 
 @dataclass(frozen=True)
