@@ -17,7 +17,7 @@ from benchmarks.record import write
 from placement.certify import optimal_busiest_ingress
 from placement.compare import measure
 from placement.placement_map import PlacementMap
-from placement.solvers import STRATEGIES, Options, layer_problems, objective_of, plan
+from placement.solvers import NUM_FOLDS, STRATEGIES, Options, layer_problems, objective_of, plan
 from placement.solvers.contract import Objective
 from placement.solvers.search import ranks_of, search
 from placement.topology import Links, Topology
@@ -176,15 +176,14 @@ def objectives() -> None:
     cases: dict[str, tuple[int, Objective | None]] = {
         PROVED: (1, plain),
         "busiest ingress under the cap": (1, plain),
-        "the same, mean over 4 folds": (4, plain),
-        "default objective, 1 fold": (1, None),
-        "default objective, mean over 4 folds": (4, None),
-        "default objective, mean over 8 folds": (8, None),
+        "default, without folds": (1, None),
+        "default": (NUM_FOLDS, None),
     }
     rows = []
     for name, num_ranks in CELLS:
-        profile = traces.load(name, every_nth_layer=2)
-        splits = {"by sequence": [profile.split_by_sequence()], "by domain": _domain_splits(profile)}
+        profile = traces.load(name, every_nth_layer=3)
+        halves = profile.split_by_sequence()
+        splits = {"by sequence": [halves, halves[::-1]], "by domain": _domain_splits(profile)}
         topology = Topology.for_experts(profile.model.num_experts, num_ranks)
         for split, pairs in splits.items():
             for case, (folds, objective) in cases.items():
@@ -201,8 +200,8 @@ def objectives() -> None:
     write(
         "planner_objectives",
         "What fits traffic rather than the sample",
-        "Held out, mean of every second layer. By domain: planned on all domains but one and measured on that one, "
-        "mean over up to four domains.",
+        "Held out, mean of every third layer. By sequence: planned on one half and measured on the other, both ways "
+        "round. By domain: planned on all domains but one and measured on that one, mean over three domains.",
         ("trace", "ranks", "split", "objective", "busiest_ingress", "imbalance_ratio"),
         rows,
         "planner objectives",
@@ -245,7 +244,7 @@ class _search_with:  # noqa: N801 (used like a function)
 def _domain_splits(profile: Profile) -> list[tuple[Profile, Profile]]:
     tokens = profile.require_tokens()
     out = []
-    for domain in range(min(len(profile.domains), 4)):
+    for domain in range(min(len(profile.domains), 3)):
         here = tokens.domain_ids == domain
         out.append(
             tuple(Profile.from_tokens(profile.model, profile.domains, tokens.where(part), {}) for part in (~here, here))
@@ -292,7 +291,7 @@ def scale() -> None:
         "A model of the shape of DeepSeek-V3",
         "Made-up routing with structure, top-8; planned on so many tokens a layer, measured on as many others. Peak "
         "memory is of the process, the routing included. Relative time is what the default objective takes a layer to "
-        "last on unknown links: of an even plan in which nothing collaborates 2 to exchange and 0.5 to compute.",
+        "last on unknown links: of an even plan in which nothing collaborates 4 to exchange and 1 to compute.",
         (
             "layers, experts, ranks, tokens",
             "strategy",
