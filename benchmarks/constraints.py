@@ -28,7 +28,7 @@ from placement.placement_map import PlacementMap
 from placement.solvers import Options
 from placement.topology import Topology
 from profiler import zoo
-from profiler.calibration import read_documents
+from profiler.documents import read_documents
 from profiler.files import write_json
 from profiler.loading import LoadedModel, load_model
 from profiler.profile import Profile

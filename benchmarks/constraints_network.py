@@ -18,7 +18,7 @@ from placement.runtime.launch import run_on_ranks
 from placement.runtime.meter import PHASES, Meter
 from placement.runtime.network import hosts
 from profiler import zoo
-from profiler.calibration import read_documents
+from profiler.documents import read_documents
 from profiler.families import find_moe_layers
 from profiler.files import write_json
 from profiler.loading import load_model

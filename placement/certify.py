@@ -13,7 +13,6 @@ of 0 is a proof and no tolerance.  Which method applies follows from E experts a
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any, NamedTuple
 
@@ -21,7 +20,7 @@ import networkx as nx
 import numpy as np
 import numpy.typing as npt
 
-from placement.columns import Columns, Ints, all_columns, can_enumerate, given_columns
+from placement.columns import Columns, Ints, all_columns, can_enumerate
 from placement.partition import NEVER, Solved, least_maximum, least_sum
 from placement.solvers.contract import LayerProblem
 from profiler.errors import CoterieError
@@ -114,8 +113,8 @@ def certify(problem: LayerProblem, rank_of_expert: npt.ArrayLike, time_limit: fl
     columns = _columns(problem)
     started = time.perf_counter()
     ingress, total = _ingress(problem, plan), problem.total_weight
-    busiest = _least_busiest(problem, columns, plan, started + time_limit / 2)
-    fan_out = _least_fan_out(problem, columns, plan, started + time_limit)
+    busiest = _least(problem, columns, plan, started + time_limit / 2, busiest=True)
+    fan_out = _least(problem, columns, plan, started + time_limit, busiest=False)
     bounds = (
         Bound(float(ingress.sum()) / total, fan_out.bound / total, fan_out.method),
         Bound(float(ingress.max()) / total, busiest.bound / total, busiest.method),
@@ -136,7 +135,7 @@ def optimal_busiest_ingress(problem: LayerProblem, start: npt.ArrayLike, time_li
     problem = _checked(problem)
     columns = _columns(problem)
     deadline = time.perf_counter() + time_limit
-    found = _least_busiest(problem, columns, _checked_plan(problem, start), deadline)
+    found = _least(problem, columns, _checked_plan(problem, start), deadline, busiest=True)
     if found.ranks is not None and columns is not None:
         found = found._replace(ranks=_then_fan_out(problem, columns, found.ranks, deadline))
     return _optimum(problem, "busiest_ingress", found)
@@ -147,44 +146,8 @@ def optimal_fan_out(problem: LayerProblem, start: npt.ArrayLike, time_limit: flo
     problem = _checked(problem)
     columns = _columns(problem)
     deadline = time.perf_counter() + time_limit
-    found = _least_fan_out(problem, columns, _checked_plan(problem, start), deadline)
+    found = _least(problem, columns, _checked_plan(problem, start), deadline, busiest=False)
     return _optimum(problem, "fan_out", found)
-
-
-def polish(problem: LayerProblem, starts: Sequence[npt.ArrayLike], time_limit: float = 10.0) -> Ints:
-    """The best recombination of several plans: least busiest ingress, then least fan_out.
-
-    Ranks are chosen from the groups of the given plans and all groups that differ from one of these by one expert, so
-    this works at any size, and the result is no worse than the best of the starts within the load cap.  Where no start
-    is within the cap, the least imbalance of a start stands for it.
-
-    Args:
-        starts: rank_of_expert int (E,) of each plan, one at least.
-        time_limit: seconds.
-
-    Returns:
-        rank_of_expert, int64 (E,).
-
-    Raises:
-        CoterieError: as `optimal_busiest_ingress` does.
-    """
-    problem = _checked(problem)
-    deadline = time.perf_counter() + time_limit
-    plans = [_checked_plan(problem, start) for start in starts]
-    least = min(_imbalance(problem, plan) for plan in plans)
-    problem = replace(problem, load_cap=max(problem.load_cap, least))
-    fitting = [plan for plan in plans if _fits(problem, plan)]
-    best = min(fitting, key=lambda plan: (_ingress(problem, plan).max(), _ingress(problem, plan).sum()))
-    groups = np.unique(np.concatenate([_groups(problem, plan) for plan in plans]), axis=0)
-    near = [groups]
-    for position in range(problem.slots_per_rank):
-        exchanged = np.repeat(groups, problem.num_experts, axis=0)
-        exchanged[:, position] = np.tile(np.arange(problem.num_experts), len(groups))
-        near.append(exchanged[(np.diff(np.sort(exchanged, axis=1), axis=1) > 0).all(axis=1)])
-    columns = given_columns(problem, np.concatenate(near), _load_limit(problem))
-    found = _partitioned(least_maximum(columns, problem.num_ranks, _rows(problem, columns, best), deadline), columns)
-    assert found.ranks is not None  # the best start's groups are among the columns
-    return _then_fan_out(problem, columns, found.ranks, deadline)
 
 
 class _Found(NamedTuple):
@@ -206,23 +169,15 @@ def _columns(problem: LayerProblem) -> Columns | None:
     return all_columns(problem, _load_limit(problem))
 
 
-def _least_busiest(problem: LayerProblem, columns: Columns | None, start: Ints, deadline: float) -> _Found:
+def _least(problem: LayerProblem, columns: Columns | None, start: Ints, deadline: float, *, busiest: bool) -> _Found:
+    """The least busiest ingress, or the least fan_out."""
     if _is_matching(problem):
-        return _matched(problem, busiest=True)
-    counted = _Found(start if _fits(problem, start) else None, _busiest_by_counting(problem), "counting")
+        return _matched(problem, busiest=busiest)
+    count, solve = (_busiest_by_counting, least_maximum) if busiest else (_fan_out_by_counting, least_sum)
+    counted = _Found(start if _fits(problem, start) else None, count(problem), "counting")
     if columns is None:
         return counted
-    solved = least_maximum(columns, problem.num_ranks, _rows(problem, columns, start), deadline)
-    return _better(_partitioned(solved, columns), counted)
-
-
-def _least_fan_out(problem: LayerProblem, columns: Columns | None, start: Ints, deadline: float) -> _Found:
-    if _is_matching(problem):
-        return _matched(problem, busiest=False)
-    counted = _Found(start if _fits(problem, start) else None, _fan_out_by_counting(problem), "counting")
-    if columns is None:
-        return counted
-    solved = least_sum(columns, problem.num_ranks, _rows(problem, columns, start), deadline)
+    solved = solve(columns, problem.num_ranks, _rows(problem, columns, start), deadline)
     return _better(_partitioned(solved, columns), counted)
 
 

@@ -83,24 +83,6 @@ def all_columns(problem: LayerProblem, load_limit: float) -> Columns:
     return Columns(members[order], ingress[order], load)
 
 
-def given_columns(problem: LayerProblem, groups: npt.NDArray[np.integer], load_limit: float) -> Columns:
-    """The given groups (C, m), each once, that are within the load limit."""
-    members = np.unique(np.sort(groups, axis=1), axis=0).astype(np.int16)
-    load = problem.expert_load.astype(np.int64)
-    members = members[load[members].sum(axis=1) <= load_limit]
-    ingress = _ingress_by_scan(members, *_sets_of_experts(problem), problem.weights.astype(np.int64))
-    order = np.argsort(ingress, kind="stable")
-    return Columns(members[order], ingress[order], load)
-
-
-def _sets_of_experts(problem: LayerProblem) -> tuple[Ints, Ints]:
-    """Rows of the sets that hold each expert, one expert after another, and where each expert's rows start."""
-    experts = problem.sets.ravel()
-    order = np.argsort(experts, kind="stable")[(experts < 0).sum() :]
-    held = np.bincount(experts[experts >= 0], minlength=problem.num_experts)
-    return order // problem.sets.shape[1], np.concatenate([[0], np.cumsum(held)])
-
-
 @numba.njit(cache=True, nogil=True)
 def _count(sets: npt.NDArray[np.int32], weights: Ints, binomial: Ints, size: int, out: Ints) -> None:
     """Add each set's weight to all its subsets of the given size, by their numbers."""
@@ -169,18 +151,4 @@ def _ingress_by_parts(members: Members, counts: Ints, first: Ints, binomial: Int
                 tokens = counts[first[bits[part] - 1] + number[part]]
                 total += tokens if bits[part] % 2 else -tokens
         out[row] = total
-    return out
-
-
-@numba.njit(cache=True, nogil=True)
-def _ingress_by_scan(members: Members, rows: Ints, first: Ints, weights: Ints) -> Ints:
-    """Walk through the sets of each member; `seen` remembers the last group that met a set."""
-    seen = np.full(len(weights), -1, np.int64)
-    out = np.zeros(len(members), np.int64)
-    for group in range(len(members)):
-        for expert in members[group]:
-            for row in rows[first[expert] : first[expert + 1]]:
-                if seen[row] != group:
-                    seen[row] = group
-                    out[group] += weights[row]
     return out

@@ -21,6 +21,9 @@ from profiler.trace import TokenTrace
 
 LOSS_TO_WARN_OF = 0.05
 
+WORTH_IT_FROM = 0.03
+"""A plan that is not this much better than load-only on traffic it has not seen is not worth deploying."""
+
 
 def plan_and_compare(
     profile: Profile,
@@ -87,8 +90,6 @@ def measure(
 
 def verdict(metrics: Mapping[str, Any], strategy: str) -> list[str]:
     """What a person should know before deploying the plan, a sentence each; empty where all is well."""
-    from placement.insight import WORTH_IT_FROM  # which brings pandas
-
     mine = metrics[strategy]
     sentences = []
     if "load" in metrics and strategy != "load":

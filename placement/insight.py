@@ -23,8 +23,6 @@ from profiler.drift import domain_table
 from profiler.errors import CoterieError
 from profiler.profile import Profile
 
-WORTH_IT_FROM = 0.03
-"""A plan that is not this much better than load-only on traffic it has not seen is not worth deploying."""
 MAX_LAYERS_STUDIED = 4
 NUM_SIZES = 6
 MAX_DOMAINS_STUDIED = 12

@@ -22,7 +22,7 @@ are safer than seconds, since they share most of these errors.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -34,7 +34,6 @@ from profiler.spec import MoESpec
 if TYPE_CHECKING:
     from placement.cost import Metrics
     from placement.placement_map import PlacementMap
-    from placement.solvers.contract import Objective
 
 Floats = npt.NDArray[np.float64]
 
@@ -134,22 +133,26 @@ def time_of(placement: PlacementMap, metrics: Metrics, workload: Workload) -> La
     return predicted_time(metrics.ingress, metrics.node_ingress, load_LR, model, topology, workload)
 
 
-def linear_costs(spec: MoESpec, topology: Topology, workload: Workload) -> Objective:
+class Costs(NamedTuple):
+    """Seconds per `busiest_ingress`, per share of tokens that touch the busiest node, and per `imbalance_ratio`."""
+
+    ingress: float
+    node_ingress: float
+    load: float
+
+
+def linear_costs(spec: MoESpec, topology: Topology, workload: Workload) -> Costs:
     """The slope of `predicted_time` where load is equal and experts are picked independently of one another.
 
     A search that minimises their weighted sum minimises the time, as long as what is busiest stays so: an exchange has
     a slope only in the one of its two links that bounds it there, and the experts' products only where computing them
     takes longer than reading their weights.
 
-    Returns:
-        Seconds per `busiest_ingress` (0 to 1), per share of tokens that touch the busiest node (0 to 1), and per
-        `imbalance_ratio`. Once per expert only the last one is not 0.
+    Once per expert only the load has costs.
 
     Raises:
         CoterieError: sizes of the model or links of the topology are not known.
     """
-    from placement.solvers.contract import Objective  # here, so that a time can be predicted without loading solvers
-
     links, row_values, weight_bytes = _known(spec, topology)
     num_tokens = workload.tokens_per_rank * topology.num_ranks
     load = spec.top_k / topology.num_ranks
@@ -176,8 +179,8 @@ def linear_costs(spec: MoESpec, topology: Topology, workload: Workload) -> Objec
         expert_s += compute
     # Every part is proportional to its share, so that its slope is its value over the share.
     if workload.mode == "per-expert":
-        return Objective(load=expert_s + bound_within_s + bound_across_s)
-    return Objective(
+        return Costs(0.0, 0.0, expert_s + bound_within_s + bound_across_s)
+    return Costs(
         ingress=bound_within_s / touching_share(spec, topology.num_ranks),
         node_ingress=bound_across_s / touching_share(spec, topology.num_nodes),
         load=expert_s,

@@ -10,7 +10,8 @@ from typing import Literal
 import numpy as np
 import pandas as pd
 
-from placement.insight import WORTH_IT_FROM, Insight
+from placement.compare import WORTH_IT_FROM
+from placement.insight import Insight
 from placement.timing import Workload, time_of
 
 Tone = Literal["good", "unsure", "bad", "plain"]

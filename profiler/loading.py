@@ -13,7 +13,8 @@ from typing import Any
 import torch
 
 from profiler import zoo
-from profiler.calibration import Batch, Batches, Document, make_batches
+from profiler.batches import Batch, Batches, make_batches
+from profiler.documents import Document
 from profiler.errors import CoterieError, first_line
 from profiler.families import read_spec
 from profiler.files import temporary_folder

@@ -19,6 +19,14 @@ PALETTE = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#F
 """Okabe and Ito's colours (2008), which people with any kind of colour vision can tell apart."""
 
 
+MARKERS = ("o", "^", "s", "D")
+
+
+def series_style(place: int) -> dict[str, Any]:
+    """Colour and marker of one of many points: another marker where the palette begins anew."""
+    return {"color": PALETTE[place % len(PALETTE)], "marker": MARKERS[place // len(PALETTE) % len(MARKERS)]}
+
+
 def rank_colour(rank: int, num_ranks: int) -> tuple[float, float, float, float]:
     """One colour a rank: the palette as long as it lasts, a continuous map beyond."""
     if num_ranks <= len(PALETTE):
@@ -232,8 +240,7 @@ def predicted_against_measured(
     ends = np.concatenate([predicted[known], measured[known], [0.0]])
     axes.plot([0.0, 1.1 * ends.max()], [0.0, 1.1 * ends.max()], color=PALETTE[7], linewidth=1.0, linestyle="--")
     for place in np.flatnonzero(known).tolist():
-        colour = PALETTE[place % len(PALETTE)]
-        axes.scatter(predicted[place], measured[place], color=colour, label=labels[place], zorder=3)
+        axes.scatter(predicted[place], measured[place], label=labels[place], zorder=3, **series_style(place))
     axes.set(xlabel=f"predicted, {unit}", ylabel=f"measured, {unit}")
     if known.any():
         axes.legend(fontsize=7, frameon=False)

@@ -11,7 +11,8 @@ from typing import Any
 
 import torch
 
-from profiler.calibration import Batch, Document
+from profiler.batches import Batch
+from profiler.documents import Document
 from profiler.errors import CoterieError
 from profiler.folder import StoredProfile
 from profiler.loading import LoadedModel

@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 
 from benchmarks import traces as recorded
 from placement import certify as certify_module
-from placement.certify import certify, optimal_busiest_ingress, optimal_fan_out, polish
-from placement.columns import all_columns, given_columns
+from placement.certify import certify, optimal_busiest_ingress, optimal_fan_out
+from placement.columns import Columns, all_columns
 from placement.partition import NEVER, least_maximum, least_sum
 from placement.solvers.contract import LayerProblem
 from placement.topology import Topology
@@ -148,17 +148,16 @@ def test_leaving_an_expert_out_is_never_the_cheaper_way():
 
 
 @given(problems())
-def test_ingress_of_groups_by_either_way(problem):
+def test_ingress_of_groups_by_parts_and_by_counting(problem):
     columns = all_columns(problem, np.inf)
-    scanned = given_columns(problem, columns.members[::-1], np.inf)
     assert (np.diff(columns.ingress) >= 0).all()
-    figures = [dict(zip(map(tuple, of.members.tolist()), of.ingress, strict=True)) for of in (columns, scanned)]
-    assert figures[0] == figures[1]
-    group = columns.members[len(columns) // 2].tolist()
-    ingress, load = slow_figures(problem, [group])
-    assert columns.ingress[columns.rows_of(np.array([group]))] == ingress
-    assert len(given_columns(problem, np.array([group]), load[0])) == 1
-    assert len(given_columns(problem, np.array([group]), load[0] - 1)) == 0
+    loads = []
+    for group, ingress in zip(columns.members.tolist(), columns.ingress.tolist(), strict=True):
+        expected, load = slow_figures(problem, [group])
+        assert columns.ingress[columns.rows_of(np.array([group]))] == ingress == expected
+        loads.append(load[0])
+    limit = sorted(loads)[len(loads) // 2]
+    assert len(all_columns(problem, limit)) == sum(load <= limit for load in loads)
 
 
 def test_search_branches_where_the_relaxation_is_not_whole():
@@ -187,18 +186,6 @@ def test_optimum_of_planted_groups():
     assert certificate.busiest_ingress.optimal
     assert certificate.fan_out.value == 1.0
     assert "proved optimal" in certificate.statement
-
-
-@pytest.mark.parametrize(("num_experts", "num_ranks"), [(16, 4), (64, 4)])
-def test_polish_is_no_worse_than_its_starts(num_experts, num_ranks):
-    problem = problem_of(random_ids(3, 1, 500, num_experts, 4)[0], num_experts, num_ranks, 1.2)
-    rng = np.random.default_rng(1)
-    starts = [rng.permutation(num_experts) % num_ranks for _ in range(6)]
-    caps = [certify(problem, start, 0.0) for start in starts]
-    within = [found for found in caps if found.load_cap == problem.load_cap] or [min(caps, key=lambda c: c.load_cap)]
-    polished = certify(problem, polish(problem, starts), 0.0)
-    assert polished.load_cap <= max(problem.load_cap, min(found.load_cap for found in caps)) + 1e-12
-    assert polished.busiest_ingress.value < min(found.busiest_ingress.value for found in within)
 
 
 def test_large_layers_say_that_no_tight_bound_is_known():
@@ -232,7 +219,9 @@ def test_what_is_refused():
 
 def test_columns_of_no_partition():
     problem = problem_of(np.array([[0, 1]], dtype=np.uint8), 4, 2, 9.0)
-    columns = given_columns(problem, np.array([[0, 1], [0, 2]]), np.inf)
+    every = all_columns(problem, np.inf)
+    rows = every.rows_of(np.array([[0, 1], [0, 2]]))
+    columns = Columns(every.members[rows], every.ingress[rows], every.expert_load)
     assert least_maximum(columns, 2, None, time.perf_counter() + FAR) == (None, NEVER, NEVER)
 
 

@@ -22,7 +22,7 @@ from placement.solvers import Options
 from placement.solvers import plan as make_plan
 from placement.topology import Topology
 from profiler import CoterieError, Recorder, zoo
-from profiler.calibration import Document
+from profiler.documents import Document
 from profiler.loading import load_model
 from profiler.profile import Profile
 

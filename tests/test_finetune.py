@@ -17,7 +17,7 @@ from placement.constraints.finetune import Training, checkpoint_folder, finetune
 from placement.constraints.quality import perplexity
 from placement.cost import evaluate
 from profiler import CoterieError, Recorder, zoo
-from profiler.calibration import Document
+from profiler.documents import Document
 from profiler.families import read_spec
 from profiler.loading import LoadedModel, load_model
 

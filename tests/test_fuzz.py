@@ -382,7 +382,8 @@ def no_longer_than(seconds: int) -> Iterator[None]:
 
 def read_texts(tokenizer: Any) -> None:
     """What `coterie profile` does before it has a model."""
-    from profiler.calibration import make_batches, read_documents
+    from profiler.batches import make_batches
+    from profiler.documents import read_documents
 
     for batch in make_batches(read_documents(["texts"]), tokenizer, 32, 4):
         assert batch.input_ids.ndim == 2

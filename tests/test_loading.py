@@ -10,7 +10,7 @@ import torch
 from conftest import tiny_model
 
 from profiler import CoterieError, zoo
-from profiler.calibration import Document, read_documents
+from profiler.documents import Document, read_documents
 from profiler.loading import load_model, read_shape
 from profiler.profile import Profile
 from profiler.profiling import profile_model

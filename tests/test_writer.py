@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 import profiler.files
 from profiler import CoterieError, Profile, ProfileWriter, zoo
-from profiler.calibration import read_documents
+from profiler.documents import read_documents
 from profiler.folder import open_profile
 from profiler.loading import load_model
 from profiler.profiling import profile_model

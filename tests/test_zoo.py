@@ -7,8 +7,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, OlmoeForCausalLM
 from placement.compare import plan_and_compare
 from placement.topology import Topology
 from profiler import Profile, zoo
-from profiler.calibration import read_documents
 from profiler.chance import shuffled
+from profiler.documents import read_documents
 from profiler.loading import load_model
 from profiler.profiling import profile_model
 from profiler.zoo import train

@@ -22,7 +22,7 @@ from placement.runtime.results import BenchResult, BenchRow
 from placement.solvers import plan
 from placement.topology import Topology
 from profiler import Profile, zoo
-from profiler.calibration import read_documents
+from profiler.documents import read_documents
 
 HERE = Path(__file__).parent
 WORK = HERE.parents[1] / "build" / "runtime"

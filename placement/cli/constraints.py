@@ -145,7 +145,7 @@ def codesign(
     from placement.solvers import plan as make_plan
     from placement.topology import Topology
     from profiler import zoo
-    from profiler.calibration import read_documents
+    from profiler.documents import read_documents
     from profiler.families import read_spec
     from profiler.loading import load_model
 
@@ -223,7 +223,7 @@ def finetune(
     from placement.constraints.finetune import Training, checkpoint_folder
     from placement.constraints.finetune import finetune as run_finetune
     from profiler import zoo
-    from profiler.calibration import read_documents
+    from profiler.documents import read_documents
     from profiler.loading import load_model
 
     def begun(folder: Path) -> bool:
@@ -293,7 +293,7 @@ def quality(
     from placement.constraints.config import FILE_NAME, load
     from placement.constraints.harness import run_tasks
     from profiler import zoo
-    from profiler.calibration import read_documents
+    from profiler.documents import read_documents
     from profiler.loading import load_model
 
     unseen = read_documents(data or [zoo.HELD_OUT])

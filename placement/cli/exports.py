@@ -152,7 +152,7 @@ def verify(
 
     from placement.exporters.checkpoint import read_permuted_map
     from placement.exporters.verify import compare, random_tokens
-    from profiler.calibration import read_documents
+    from profiler.documents import read_documents
     from profiler.loading import load_model
 
     if num_tokens < 1 or not tolerance >= 0:

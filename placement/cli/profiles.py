@@ -72,7 +72,7 @@ def profile(
     """
     from placement.constraints.similarity import RouterSimilarity
     from profiler import zoo
-    from profiler.calibration import read_documents
+    from profiler.documents import read_documents
     from profiler.folder import require_replaceable
     from profiler.loading import load_model
     from profiler.profiling import profile_model

@@ -87,7 +87,7 @@ def bench(
     from placement.runtime.bench import Settings
     from placement.runtime.bench import bench as run_bench
     from profiler import zoo
-    from profiler.calibration import read_documents
+    from profiler.documents import read_documents
 
     for path in (out, figure):
         if path:

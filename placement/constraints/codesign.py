@@ -12,7 +12,7 @@ from placement.constraints.constrain import Constraint, constrain
 from placement.constraints.quality import perplexity
 from placement.cost import evaluate
 from placement.placement_map import PlacementMap
-from profiler.calibration import Batches
+from profiler.batches import Batches
 from profiler.errors import CoterieError
 from profiler.loading import LoadedModel
 from profiler.profile import Profile

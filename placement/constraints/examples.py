@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch.nn.utils.rnn import pad_sequence
 
-from profiler.calibration import Chat, Document
+from profiler.documents import Chat, Document
 from profiler.errors import CoterieError
 from profiler.files import parse_json
 from profiler.loading import LoadedModel

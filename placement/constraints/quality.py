@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from profiler.calibration import Batch
+from profiler.batches import Batch
 from profiler.errors import CoterieError
 
 

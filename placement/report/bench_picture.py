@@ -11,7 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from placement.runtime.results import BenchResult, BenchRun
-from profiler.plots import PALETTE, predicted_against_measured
+from profiler.plots import PALETTE, predicted_against_measured, series_style
 
 DOTS_PER_INCH = 110
 PARTS = (PALETTE[0], PALETTE[1], PALETTE[2], PALETTE[7])
@@ -28,9 +28,9 @@ def draw_bench(result: BenchResult) -> bytes:
         top = 0.0
         for place, row in enumerate(run.rows):
             if row.implementation != run.rows[0].implementation or len(run.rows) == 1:
-                colour, top = PALETTE[place % len(PALETTE)], max(top, row.exchange.median)
+                top = max(top, row.exchange.median)
                 label = f"{row.implementation}, {row.map}"
-                axes.plot(row.fan_out, row.exchange.median, "o", color=colour, label=label)
+                axes.scatter(row.fan_out, row.exchange.median, label=label, **series_style(place))
         axes.set(xlabel="fan_out, ranks that serve a token", ylabel="exchange, ms", ylim=(0, 1.3 * top or None))
         axes.legend(fontsize="x-small")
         _predictions(figure.add_subplot(grid[at, 2]), run)

@@ -21,7 +21,7 @@ from placement.runtime.summary import joined
 from placement.runtime.trials import MODES, PEER, Case, Task, run_task
 from placement.runtime.workloads import cut_replay, replayed_layers
 from placement.topology import Topology
-from profiler.calibration import Document
+from profiler.documents import Document
 from profiler.errors import CoterieError
 from profiler.families import read_spec
 from profiler.loading import LoadedModel, load_model

@@ -73,7 +73,7 @@ class Options:
             can be.
         num_redundant: copies beyond one of each expert.
         seed: the same seed gives the same plan.
-        num_kicks: rounds of the search; more take longer and find more.  None for 60, or fewer for large layers.
+        num_kicks: rounds of the search; more take longer and find more.  None for 80, or fewer for large layers.
         time_budget: seconds after which the search takes what it has; the same seed may then give another plan.
         domain_weights: what a token of each domain counts; others count 0.  None for all alike.
         worst_domain: plan for the domain that the plan is worst for, instead of for the mixture.
@@ -212,7 +212,7 @@ def objective_of(model: MoESpec, topology: Topology, options: Options) -> Object
     if options.objective == "collaboration":
         return Objective(collaboration=1.0)
     if topology.links is not None and model.hidden_size and model.expert_size:
-        return linear_costs(model, topology, options.workload)
+        return Objective(**linear_costs(model, topology, options.workload)._asdict())
     if options.workload.mode == "per-expert":
         return Objective(load=1.0)
     across = 0.5 if topology.num_nodes > 1 else 0.0

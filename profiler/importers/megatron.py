@@ -22,8 +22,8 @@ import numpy.typing as npt
 
 from profiler.errors import CoterieError
 from profiler.importers.known import Known
-from profiler.importers.recording import Recording, narrow
-from profiler.trace import DECODE, PREFILL, TokenTrace
+from profiler.importers.recording import Recording, one_sequence
+from profiler.trace import TokenTrace
 
 Ids = npt.NDArray[np.int32]
 
@@ -102,16 +102,8 @@ def read_megatron(
                         provenance["records_of_the_same_tokens"] += 1
                         continue
                     seen.add(content)
-                    trace = TokenTrace(
-                        topk_ids=narrow(ids_LTK, model.num_experts),
-                        sequence_ids=np.full(ids_LTK.shape[1], sequence, dtype=np.int32),
-                        domain_ids=np.zeros(ids_LTK.shape[1], dtype=np.uint8),
-                        phase=np.full(ids_LTK.shape[1], DECODE if decode else PREFILL, dtype=np.uint8),
-                    )
-                    try:
-                        trace.require(model, 1)
-                    except CoterieError as error:
-                        raise CoterieError(f"{path}: step {step.number}: {error}") from error
+                    where = f"{path}: step {step.number}"
+                    trace = one_sequence(ids_LTK, model, sequence, decode=decode, where=where)
                     sequence += 1
                     yield trace
 

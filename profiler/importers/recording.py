@@ -18,7 +18,7 @@ from profiler.errors import CoterieError
 from profiler.folder import StoredProfile
 from profiler.profile import Profile
 from profiler.spec import MoESpec
-from profiler.trace import TokenTrace, has_plenty_of_rows, ids_dtype
+from profiler.trace import DECODE, PREFILL, TokenTrace, has_plenty_of_rows, ids_dtype
 from profiler.writer import ProfileWriter, discard_unfinished
 
 TOKENS_TOGETHER = 8_192
@@ -122,6 +122,32 @@ def narrow(ids_LTK: npt.NDArray[np.signedinteger], num_experts: int) -> npt.NDAr
     """Ids of a trace, all ones where they are negative."""
     dtype = ids_dtype(num_experts)
     return np.where(ids_LTK < 0, np.iinfo(dtype).max, ids_LTK).astype(dtype)
+
+
+def one_sequence(
+    ids_LTK: npt.NDArray[np.signedinteger], model: MoESpec, sequence: int, *, decode: bool, where: str
+) -> TokenTrace:
+    """Tokens that were recorded together, as a sequence of the only domain.
+
+    Args:
+        ids_LTK: negative where a pick went to no expert.
+        where: what an error begins with.
+
+    Raises:
+        CoterieError: they are no trace of the model.
+    """
+    num_tokens = ids_LTK.shape[1]
+    trace = TokenTrace(
+        topk_ids=narrow(ids_LTK, model.num_experts),
+        sequence_ids=np.full(num_tokens, sequence, dtype=np.int32),
+        domain_ids=np.zeros(num_tokens, dtype=np.uint8),
+        phase=np.full(num_tokens, DECODE if decode else PREFILL, dtype=np.uint8),
+    )
+    try:
+        trace.require(model, 1)
+    except CoterieError as error:
+        raise CoterieError(f"{where}: {error}") from error
+    return trace
 
 
 def count_passes(passes: Int64s, top_k: int) -> tuple[Int64s, int, int]:

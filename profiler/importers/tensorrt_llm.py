@@ -23,9 +23,9 @@ from profiler.errors import CoterieError
 from profiler.files import read_json
 from profiler.importers.known import Known
 from profiler.importers.load_balancer import LoadBalancer
-from profiler.importers.recording import Recording, count_passes, narrow, of_loads
+from profiler.importers.recording import Recording, count_passes, of_loads, one_sequence
 from profiler.spec import MoESpec
-from profiler.trace import DECODE, PREFILL, TokenTrace
+from profiler.trace import TokenTrace
 
 TO_GET_TOKENS = "TensorRT-LLM counts only; record them with SGLang, vLLM or `coterie profile`"
 
@@ -209,16 +209,8 @@ def _of_tokens(
                 seen.add(slots.tobytes())
                 layers = np.arange(model.num_layers)[:, None, None]
                 ids = np.where(slots < 0, -1, expert_of_slot[layers, np.maximum(slots, 0)])
-                trace = TokenTrace(
-                    topk_ids=narrow(ids, model.num_experts),
-                    sequence_ids=np.full(ids.shape[1], sequence, dtype=np.int32),
-                    domain_ids=np.zeros(ids.shape[1], dtype=np.uint8),
-                    phase=np.full(ids.shape[1], DECODE if decode else PREFILL, dtype=np.uint8),
-                )
-                try:
-                    trace.require(model, 1)
-                except CoterieError as error:
-                    raise CoterieError(f"{path}: iteration {iteration}: {error}") from error
+                where = f"{path}: iteration {iteration}"
+                trace = one_sequence(ids, model, sequence, decode=decode, where=where)
                 sequence += 1
                 yield trace
 

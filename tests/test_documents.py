@@ -13,7 +13,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from profiler import CoterieError, zoo
-from profiler.calibration import MAX_BYTES, Batches, Document, make_batches, read_documents
+from profiler.batches import Batches, make_batches
+from profiler.documents import MAX_BYTES, Document, read_documents
 
 CHAT = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "ho"}]
 
