@@ -153,9 +153,9 @@ def test_ingress_of_groups_by_parts_and_by_counting(problem):
     assert (np.diff(columns.ingress) >= 0).all()
     loads = []
     for group, ingress in zip(columns.members.tolist(), columns.ingress.tolist(), strict=True):
-        expected, load = slow_figures(problem, [group])
+        [expected], [load] = slow_figures(problem, [group])
         assert columns.ingress[columns.rows_of(np.array([group]))] == ingress == expected
-        loads.append(load[0])
+        loads.append(load)
     limit = sorted(loads)[len(loads) // 2]
     assert len(all_columns(problem, limit)) == sum(load <= limit for load in loads)
 
