@@ -3,6 +3,7 @@
 import itertools
 import json
 import time
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -15,7 +16,10 @@ from placement import certify as certify_module
 from placement.certify import certify, optimal_busiest_ingress, optimal_fan_out
 from placement.columns import Columns, all_columns
 from placement.partition import NEVER, least_maximum, least_sum
-from placement.solvers.contract import LayerProblem
+from placement.solvers.contract import LayerProblem, Objective
+from placement.solvers.load import load as load_only
+from placement.solvers.partitioning import partitioning
+from placement.solvers.search import ranks_of
 from placement.topology import Topology
 from profiler import CoterieError
 
@@ -99,6 +103,32 @@ def test_optima_are_those_of_brute_force(problem):
             ingress, load = slow_figures(problem, [tuple(group.tolist()) for group in plan])
             assert pick(ingress) / problem.total_weight == pytest.approx(optimum.bound)
             assert max(load) <= problem.load_cap * np.mean(load) + 1e-6
+
+
+@settings(max_examples=20, deadline=None)
+@given(problems())
+def test_the_strategy_is_the_optimum(problem):
+    """Of the tokens of all folds, whatever objective it is given; a cap that none keeps is the load-only plan's load."""
+    folds = np.arange(len(problem.sets)) % 2
+    given = replace(problem, folds=folds, objective=Objective(load=1.0))
+    slots = partitioning(given, np.random.default_rng(0))
+    plan = ranks_of(slots, problem)
+    assert (slots == partitioning(given, np.random.default_rng(0))).all()
+    load = np.bincount(plan, problem.expert_load, minlength=problem.num_ranks)
+    balanced = np.bincount(ranks_of(load_only(problem, np.random.default_rng(0)), problem), problem.expert_load)
+    assert load.max() <= max(problem.load_cap * load.mean(), balanced.max()) + 1e-6
+    assert certify(problem, plan, FAR).busiest_ingress.optimal
+
+
+def test_what_the_strategy_refuses():
+    ids = random_ids(3, 1, 50, 64, 2)[0]
+    for problem, why in (
+        (problem_of(ids, 64, 4, 1.1), "16 of 64 experts, which are too many"),
+        (LayerProblem.from_ids(ids, 64, Topology(1, 16, 5), 1.1), "80 slots for 64 experts"),
+        (replace(problem_of(ids, 64, 16, 1.1), num_groups=4), "no groups to preserve"),
+    ):
+        with pytest.raises(CoterieError, match=why):
+            partitioning(problem, np.random.default_rng(0))
 
 
 @settings(max_examples=60, deadline=None)

@@ -54,10 +54,13 @@ def plan(
     strategy: Annotated[
         str,
         typer.Option(
-            help="Whose plan to write: linear, random, load, occult, metis, spectral, quadratic, hypergraph or search."
+            help="Whose plan to write: linear, random, load, occult, metis, spectral, quadratic, hypergraph, "
+            "partitioning (the proved optimum of the planned tokens) or search."
         ),
     ] = "search",
-    compare: Annotated[bool, typer.Option("--compare", help="Show the figures of all strategies.")] = False,
+    compare: Annotated[
+        bool, typer.Option("--compare", help="Show the figures of all strategies but partitioning.")
+    ] = False,
     held_out: Annotated[
         Path | None, typer.Option(help="Profile to measure on; half of RUN's sequences if left out.")
     ] = None,
@@ -80,7 +83,7 @@ def plan(
         bool, typer.Option("--preserve-groups", help="Keep the groups of group-limited routers together.")
     ] = False,
     kicks: Annotated[
-        int | None, typer.Option(help="Rounds of the search: more find more; 60, or fewer for large layers.")
+        int | None, typer.Option(help="Rounds of the search: more find more; 80, or fewer for large layers.")
     ] = None,
     time_budget: Annotated[float | None, typer.Option(help="Seconds after which the search takes what it has.")] = None,
     seed: Annotated[int, typer.Option(help="The same seed gives the same plan.")] = 0,
@@ -119,6 +122,8 @@ def plan(
             "--hidden-size and --expert-size"
         )
     compared = list(STRATEGIES if compare else ALWAYS_COMPARED)
+    if compare and strategy != "partitioning":
+        compared.remove("partitioning")  # few sizes allow it, and it takes minutes
     if compare and not _has_hypergraph():
         compared.remove("hypergraph")
         notes.print("hypergraph is left out, it needs: pip install 'coterie[hypergraph]'")

@@ -20,6 +20,7 @@ from placement.solvers.linear import linear
 from placement.solvers.load import load
 from placement.solvers.metis import metis
 from placement.solvers.occult import occult
+from placement.solvers.partitioning import partitioning
 from placement.solvers.quadratic import quadratic
 from placement.solvers.random import random
 from placement.solvers.search import search
@@ -40,9 +41,11 @@ STRATEGIES: dict[str, Strategy] = {
     "spectral": spectral,
     "quadratic": quadratic,
     "hypergraph": hypergraph,
+    "partitioning": partitioning,
     "search": search,
 }
-"""In the order of tables: without planning, with balancing only, with traffic only, and with the project's search."""
+"""In the order of tables: without planning, with balancing only, with traffic only, the optimum of the planned tokens
+where sizes allow, and the project's search."""
 
 ALWAYS_COMPARED = ("linear", "random", "load", "search")
 

@@ -1,0 +1,47 @@
+"""The optimum of the planned tokens: set partitioning with a proof, where groups of experts can be enumerated.
+
+No plan within the load cap has a lower busiest ingress on the tokens that this one was made of.  It fits them: on other
+tokens of the same model it is no better than the search's, and less balanced.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+
+from placement.solvers.contract import LayerProblem, Objective, Slots, slots_of_ranks
+from placement.solvers.load import load as load_only
+from placement.solvers.search import ranks_of, search
+from profiler.errors import CoterieError
+
+SECONDS = 60.0
+"""A layer, at most; then the best plan found is taken without a proof.  64 experts on 16 ranks take 4."""
+
+
+def partitioning(problem: LayerProblem, rng: np.random.Generator) -> Slots:
+    """The least busiest ingress within the load cap; of such plans, one of low fan_out.
+
+    Where the load-only plan breaks the cap, its largest load stands for it, as in the search.
+
+    Raises:
+        CoterieError: there are free slots or groups to preserve, groups of experts are too many to enumerate, or token
+            weights are not whole.
+    """
+    from placement.certify import optimal_busiest_ingress  # both import this package's contract
+    from placement.columns import can_enumerate
+
+    if problem.num_groups > 1:
+        raise CoterieError("strategy 'partitioning' knows of no groups to preserve; use 'search'")
+    if problem.num_ranks > 1 and not can_enumerate(problem):
+        raise CoterieError(
+            f"strategy 'partitioning' enumerates all groups of {problem.slots_per_rank} of {problem.num_experts} "
+            "experts, which are too many; use more ranks, or 'search'"
+        )
+    balanced = ranks_of(load_only(replace(problem, num_redundant=0), rng), problem)
+    load = np.bincount(balanced, problem.expert_load, minlength=problem.num_ranks)
+    load_cap = max(problem.load_cap, float(load.max() / max(load.mean(), 1e-300)))
+    problem = replace(problem.merged(), load_cap=load_cap, objective=Objective(ingress=1.0), worst_fold=False)
+    start = ranks_of(search(replace(problem, num_redundant=0), rng), problem)
+    found = optimal_busiest_ingress(problem, start, SECONDS)
+    return slots_of_ranks(start if found.rank_of_expert is None else found.rank_of_expert, problem.topology)
