@@ -19,6 +19,21 @@ from profiler.families import MoELayer, Selection, find_moe_layers, read_spec
 from profiler.trace import DECODE, PREFILL, TokenTrace, ids_dtype
 
 
+def inputs_and_mask(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:
+    """What a forward pass was given, with tokens in its first two dimensions (B, S), and which of them count.
+
+    While decoding the mask also covers cached tokens, so that it is wider than S; those of this pass are the last ones.
+    A mask of other than two dimensions says who sees whom, not who counts: all do.
+    """
+    inputs: Any = kwargs.get("input_ids", args[0] if args else None)
+    if inputs is None:
+        inputs = kwargs["inputs_embeds"]
+    mask: Any = kwargs.get("attention_mask", args[1] if len(args) > 1 else None)
+    if mask is None or mask.ndim != 2:
+        mask = torch.ones(inputs.shape[:2], dtype=torch.bool, device=inputs.device)
+    return inputs, mask
+
+
 @dataclass
 class _Pass:
     """One forward pass in flight: its mask, and the selections that its layers have announced so far."""
@@ -121,14 +136,8 @@ class Recorder:
         self._pass = None
         if self._paused:
             return
-        inputs = kwargs.get("input_ids", args[0] if args else None)
-        if inputs is None:
-            inputs = kwargs["inputs_embeds"]
+        inputs, mask = inputs_and_mask(args, kwargs)
         batch, length = inputs.shape[:2]
-        mask = kwargs.get("attention_mask")
-        if mask is None or mask.ndim != 2:
-            mask = torch.ones(batch, length, dtype=torch.bool, device=inputs.device)
-        # While decoding the mask also covers the cached tokens; those of this pass are the last ones.
         cache = kwargs.get("past_key_values")
         goes_on = mask.shape[1] > length or (cache is not None and cache.get_seq_length() > 0)
         goes_on = goes_on and self.next_sequence >= batch

@@ -22,6 +22,7 @@ from placement.constraints.routers import find_routers
 from profiler.errors import CoterieError
 from profiler.families import read_spec
 from profiler.files import write_bytes
+from profiler.recorder import inputs_and_mask
 from profiler.spec import MoESpec
 
 SCHEMA_VERSION = 1
@@ -141,20 +142,16 @@ class RouterSimilarity:
         return SimilarityTable(self._spec, np.stack(sums), int(self._num_tokens))
 
     def _before_forward(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        given: Any = kwargs.get("input_ids", args[0] if args else None)
-        inputs: Any = kwargs["inputs_embeds"] if given is None else given
-        mask: Any = kwargs.get("attention_mask", args[1] if len(args) > 1 else None)
-        # While decoding the mask also covers the cached tokens; those of this pass are the last ones.
-        masked = mask is not None and mask.ndim == 2
-        self._keep = mask[:, -inputs.shape[1] :].flatten() if masked else None
-        self._num_tokens = self._num_tokens + (inputs.shape[:2].numel() if self._keep is None else self._keep.sum())
+        inputs, mask = inputs_and_mask(args, kwargs)
+        self._keep = mask[:, -inputs.shape[1] :].flatten()
+        self._num_tokens = self._num_tokens + self._keep.sum()
 
     def _make_hook(self, layer: int) -> Any:
         @torch.no_grad()
         def add_products(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
             logits_TE = output[0].detach().float()
-            if self._keep is not None:
-                logits_TE = logits_TE * self._keep.to(logits_TE.device, logits_TE.dtype)[:, None]
+            assert self._keep is not None  # the model's own hook comes first
+            logits_TE = logits_TE * self._keep.to(logits_TE.device, logits_TE.dtype)[:, None]
             products_EE = (logits_TE.T @ logits_TE).double()
             before = self._sums[layer]
             self._sums[layer] = products_EE if before is None else before + products_EE
