@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 
-from benchmarks.constraints import RANKS, TUNED, WORK, make, name_of, plan_of
+from benchmarks.constraints import RANKS, SEEDS, TUNED, WORK, make, name_of, plan_of
 from placement.constraints.constrain import constrain
 from placement.placement_map import PlacementMap
 from placement.runtime.experts import IMPLEMENTATIONS, build_implementations, installed
@@ -31,22 +31,22 @@ NUDGES = 12
 
 
 def time_constraints() -> None:
-    """Writes build/constraints/network.json: for each constraint the seconds of every repeat, slowest rank."""
+    """Writes build/constraints/network-<seed>.json: for each constraint the seconds of every repeat, slowest rank."""
     if os.geteuid() != 0:
         print("network: needs root (Linux network namespaces), left out")
         return
     batches = load_model(None, "cpu").batches(read_documents([zoo.HELD_OUT]), SEQUENCE_LENGTH, 1)
     sequences = [batch.input_ids[0].tolist() for batch in batches if batch.num_tokens == SEQUENCE_LENGTH]
-    placement = plan_of(0)
-    cases = [("linear", None), *((name_of(*case), make(*case, seed=0)) for case in TUNED)]
-    arguments = {
-        "placement": placement,
-        "cases": cases,
-        "sequences": sequences[: RANKS * SEQUENCES_PER_RANK],
-    }
+    for seed in SEEDS:
+        write_json(WORK / f"network-{seed}.json", _time_seed(seed, sequences[: RANKS * SEQUENCES_PER_RANK]))
+
+
+def _time_seed(seed: int, sequences: list[list[int]]) -> dict[str, Any]:
+    cases = [("linear", None), *((name_of(*case), make(*case, seed=seed)) for case in TUNED)]
+    arguments = {"placement": plan_of(seed), "cases": cases, "sequences": sequences}
     with hosts(RANKS, RATE) as network:
         ranks = run_on_ranks(_time_rank, RANKS, arguments, network.enter)
-    out = {}
+    out: dict[str, Any] = {}
     for index, (name, _) in enumerate(cases):
         of_ranks = [rank["cases"][index] for rank in ranks]
         out[name] = {
@@ -57,8 +57,8 @@ def time_constraints() -> None:
                 for key in (*PHASES, "layers", "total")
             },
         }
-        print(name, f"{1e3 * statistics.median(out[name]['layers']):.0f} ms in MoE layers")
-    write_json(WORK / "network.json", out)
+        print(f"seed {seed}, {name}: {1e3 * statistics.median(out[name]['layers']):.0f} ms in MoE layers", flush=True)
+    return out
 
 
 @torch.no_grad()

@@ -14,11 +14,14 @@ from benchmarks.record import RESULTS, circumstances
 
 METRICS = ("perplexity", "fan_out", "busiest_ingress", "imbalance_ratio")
 Runs = dict[tuple[str, int], list[dict[str, Any]]]
+Network = list[dict[str, Any]]
+"""Of each seed, constraints by name."""
 
 
 def write_tables() -> None:
     runs = _read()
-    network = json.loads((WORK / "network.json").read_text()) if (WORK / "network.json").exists() else {}
+    timed = [WORK / f"network-{seed}.json" for seed in SEEDS]
+    network = [json.loads(path.read_text()) for path in timed if path.exists()]
     plain = runs["none", 0]
     lines = [
         "# Constrained routing: quality against traffic",
@@ -44,7 +47,7 @@ def write_tables() -> None:
         records += parts
     lines += ["", "Traffic is that of the fine-tuned model where there is one.", ""]
     lines += _equal_quality(runs, "before") + _equal_quality(runs, "after")
-    lines += _network_lines(network, runs)
+    lines += _network_lines(network)
     where = circumstances()
     lines += ["`python -m benchmarks.constraints`; " + ", ".join(f"{key} {value}" for key, value in where.items()), ""]
     (RESULTS / "constraints.md").write_text("\n".join(lines))
@@ -103,17 +106,17 @@ def _equal_quality(runs: Runs, stage: str) -> list[str]:
     return [*lines, ""]
 
 
-def _network_lines(network: dict[str, Any], runs: Runs) -> list[str]:
+def _network_lines(network: Network) -> list[str]:
     if not network:
         return ["The network was not measured (needs root).", ""]
     lines = [
         "## Time on a network",
         "",
-        "Four hosts (network namespaces of one machine), links of 400 Mbit/s, 1,024 tokens a rank, the plan of seed 0, "
-        "the model before fine-tuning; median of paired runs of the slowest rank (least to most). Outputs equal the "
-        "constrained single process but for tied tokens, for which two experts are so equal that a change of the "
-        "embeddings by a millionth makes that process itself choose the other. MoE layers: dispatch, experts and "
-        "combine. Speed-up of the MoE layers against the plan alone, median over the runs.",
+        "Four hosts (network namespaces of one machine), links of 400 Mbit/s, 1,024 tokens a rank, the model before "
+        f"fine-tuning, plans of {len(network)} seeds; of each, the median of paired runs of the slowest rank, mean "
+        "(least to most). Outputs equal the constrained single process but for tied tokens, for which two experts are so equal "
+        "that a change of the embeddings by a millionth makes that process itself choose the other. MoE layers: "
+        "dispatch, experts and combine. Speed-up of the MoE layers against the plan alone, median over the runs of a seed.",
         "",
         _row(
             [
@@ -123,39 +126,47 @@ def _network_lines(network: dict[str, Any], runs: Runs) -> list[str]:
                 "forward pass, ms",
                 "speed-up",
                 "difference of logits",
-                "tied of 4,096",
+                f"tied of {4096 * len(network):,}",
             ]
         ),
         _row(["---"] * 7),
     ]
-    alone = network[name_of("none", 0)]["layers"]
-    for name, case in network.items():
-        speed_up = statistics.median(one / this for one, this in zip(alone, case["layers"], strict=True))
+    for name in network[0]:
         shown = {"linear": "linear, no constraint", name_of("none", 0): "planned, no constraint"}.get(name, name)
         lines.append(
             _row(
                 [
                     shown,
-                    f"{case['bytes_sent'] / 1e6:.1f}",
-                    *(_milliseconds(case[key]) for key in ("layers", "total")),
-                    f"{speed_up:.2f}",
-                    f"{case['max_difference']:.1e}",
-                    case["tied"],
+                    f"{statistics.mean(of_seed[name]['bytes_sent'] for of_seed in network) / 1e6:.1f}",
+                    *(_spread(_milliseconds(network, name, key), digits=0) for key in ("layers", "total")),
+                    _spread(
+                        [
+                            statistics.median(
+                                alone / this
+                                for alone, this in zip(
+                                    of_seed[name_of("none", 0)]["layers"], of_seed[name]["layers"], strict=True
+                                )
+                            )
+                            for of_seed in network
+                        ],
+                        digits=2,
+                    ),
+                    f"{max(of_seed[name]['max_difference'] for of_seed in network):.1e}",
+                    sum(of_seed[name]["tied"] for of_seed in network),
                 ]
             )
         )
     return [*lines, ""]
 
 
-def _milliseconds(seconds: Sequence[float]) -> str:
-    return f"{1e3 * statistics.median(seconds):.0f} ({1e3 * min(seconds):.0f} to {1e3 * max(seconds):.0f})"
+def _milliseconds(network: Network, name: str, key: str) -> list[float]:
+    return [1e3 * statistics.median(of_seed[name][key]) for of_seed in network]
 
 
-def _spread(values: Sequence[float], unit: str = "") -> str:
+def _spread(values: Sequence[float], unit: str = "", digits: int = 3) -> str:
     if not values:
         return "-"
-    digits = 2 if unit else 3
-    sign = "+" if unit else ""
+    sign, digits = ("+", 2) if unit else ("", digits)
     shown = [f"{value:{sign}.{digits}f}" for value in (statistics.mean(values), min(values), max(values))]
     return shown[0] + unit + ("" if len(set(shown)) == 1 else f" ({shown[1]} to {shown[2]})")
 
@@ -174,7 +185,7 @@ LABELS = {
 }
 
 
-def _draw(runs: Runs, network: dict[str, Any]) -> None:
+def _draw(runs: Runs, network: Network) -> None:
     panels = [("before", "fan_out"), ("after", "fan_out"), ("before", "busiest_ingress"), ("after", "busiest_ingress")]
     figure, axes = plt.subplots(2, 2, figsize=(10, 7.5), sharex="row", sharey=True)
     for axis, (stage, metric) in zip(axes.flat, panels, strict=True):
@@ -186,12 +197,13 @@ def _draw(runs: Runs, network: dict[str, Any]) -> None:
     if network:
         figure, axis = plt.subplots(figsize=(6, 4))
         for method, size in TUNED:
-            parts, case = runs.get((method, size), []), network.get(name_of(method, size))
-            if parts and case:
+            parts = runs.get((method, size), [])
+            if parts and name_of(method, size) in network[0]:
                 stage = "after" if all("after" in part for part in parts) else "before"
                 change = statistics.mean(_changes(parts, runs["none", 0], stage))
-                axis.plot(1e3 * statistics.median(case["layers"]), change, "o", color=COLOURS[method])
-                axis.annotate(f" {size}" if size else "", (1e3 * statistics.median(case["layers"]), change), fontsize=8)
+                time = statistics.mean(_milliseconds(network, name_of(method, size), "layers"))
+                axis.plot(time, change, "o", color=COLOURS[method])
+                axis.annotate(f" {size}" if size else "", (time, change), fontsize=8)
         axis.set_xlabel("time of the MoE layers on 4 hosts with 400 Mbit/s, ms")
         axis.set_ylabel("perplexity after fine-tuning against no constraint, %")
         for method, colour in COLOURS.items():

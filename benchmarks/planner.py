@@ -229,14 +229,23 @@ class _search_with:  # noqa: N801 (used like a function)
 
 
 def _domain_splits(profile: Profile) -> list[tuple[Profile, Profile]]:
+    """All domains but one to plan on and that one to measure on, for each that has enough tokens."""
     tokens = profile.require_tokens()
-    out = []
-    for domain in range(min(len(profile.domains), 3)):
-        here = tokens.domain_ids == domain
-        out.append(
-            tuple(Profile.from_tokens(profile.model, profile.domains, tokens.where(part), {}) for part in (~here, here))
+    kinds = [domain.rpartition("_")[0] if domain.startswith(KINDRED) else domain for domain in profile.domains]
+    kind_T = np.array([sorted(set(kinds)).index(kind) for kind in kinds])[tokens.domain_ids]
+    return [
+        tuple(
+            Profile.from_tokens(profile.model, profile.domains, tokens.where(part), {})
+            for part in (kind_T != kind, kind_T == kind)
         )
-    return out
+        for kind in np.flatnonzero(np.bincount(kind_T) >= FEWEST_TOKENS)
+    ]
+
+
+KINDRED = ("gpqa", "mmlu")
+"""Domains whose names start so are parts of one: gpqa_diamond lies in gpqa_main, and that in gpqa_extended."""
+
+FEWEST_TOKENS = 5000
 
 
 def scale() -> None:
