@@ -114,9 +114,10 @@ def _network_lines(network: Network) -> list[str]:
         "",
         "Four hosts (network namespaces of one machine), links of 400 Mbit/s, 1,024 tokens a rank, the model before "
         f"fine-tuning, plans of {len(network)} seeds; of each, the median of paired runs of the slowest rank, mean "
-        "(least to most). Outputs equal the constrained single process but for tied tokens, for which two experts are so equal "
-        "that a change of the embeddings by a millionth makes that process itself choose the other. MoE layers: "
-        "dispatch, experts and combine. Speed-up of the MoE layers against the plan alone, median over the runs of a seed.",
+        "(least to most). Outputs equal the constrained single process but for tied tokens, for which two experts are "
+        "so equal that a change of the embeddings by a millionth makes that process itself choose the other. MoE "
+        "layers: dispatch, experts and combine. Speed-up of the MoE layers against the plan alone, median over the "
+        "runs of a seed.",
         "",
         _row(
             [
@@ -205,7 +206,7 @@ def _draw(runs: Runs, network: Network) -> None:
                 axis.plot(time, change, "o", color=COLOURS[method])
                 axis.annotate(f" {size}" if size else "", (time, change), fontsize=8)
         axis.set_xlabel("time of the MoE layers on 4 hosts with 400 Mbit/s, ms")
-        axis.set_ylabel("perplexity after fine-tuning against no constraint, %")
+        axis.set_ylabel("perplexity after fine-tuning\nagainst no constraint, %")
         for method, colour in COLOURS.items():
             axis.plot([], [], "o", color=colour, label=LABELS[method])
         axis.legend(frameon=False, fontsize=8)
