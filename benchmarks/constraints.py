@@ -41,27 +41,12 @@ SEEDS = (0, 1, 2)
 HELD_OUT_TOKENS = 16_384
 TRAINING = {"steps": 40, "batch_size": 16, "learning_rate": 5e-5, "warmup_steps": 4, "save_steps": 0}
 
-TUNED = (
+CASES = (
     ("none", 0),
-    ("router", 2),
-    ("similarity", 2),
-    ("c2r", 31),
-    ("aware", 31),
-    ("router", 1),
-    ("similarity", 1),
-    ("c2r", 47),
-    ("aware", 47),
-    ("c2r", 23),
-    ("aware", 23),
+    *((method, limit) for limit in (2, 1, 3) for method in ("router", "similarity")),
+    *((method, top_t) for top_t in (31, 47, 23, 7, 15, 39, 55) for method in ("c2r", "aware")),
 )
-"""Method, and its N or T: measured before and after fine-tuning."""
-MEASURED = tuple(
-    (method, size)
-    for methods, sizes in ((("router", "similarity"), (3,)), (("c2r", "aware"), (7, 15, 39, 55)))
-    for size in sizes
-    for method in methods
-)
-"""Measured before fine-tuning only."""
+"""Method, and its N or T."""
 
 NAMES = {
     "none": "no constraint",
@@ -121,27 +106,27 @@ def measure(loaded: LoadedModel, constraint: Constraint | None, seed: int) -> di
     }
 
 
-def run_one(method: str, size: int, seed: int, tuned: bool) -> str:
-    """Measure, and fine-tune where wanted, under one constraint with one seed; writes its own file."""
+def run_one(method: str, size: int, seed: int) -> str:
+    """Measure, fine-tune and measure again under one constraint with one seed; writes its own file."""
     torch.set_num_threads(1)
     path = WORK / "runs" / f"{method}-{size}-{seed}.json"
     loaded = load_model(None, "cpu")
     constraint = make(method, size, seed)
-    result = {"method": method, "size": size, "seed": seed, "before": measure(loaded, constraint, seed)}
-    if tuned:
-        examples = text_examples(loaded, read_documents([zoo.CALIBRATION]), 256)
-        losses = train(loaded.model, examples, constraint, Training(**TRAINING, seed=seed), WORK / path.stem)
-        result |= {"losses": losses, "after": measure(loaded, constraint, seed)}
-    write_json(path, result)
-    after = f", {result['after']['perplexity']:.3f} after" if tuned else ""
-    return f"seed {seed}, {name_of(method, size)}: perplexity {result['before']['perplexity']:.3f}{after}"
+    before = measure(loaded, constraint, seed)
+    examples = text_examples(loaded, read_documents([zoo.CALIBRATION]), 256)
+    losses = train(loaded.model, examples, constraint, Training(**TRAINING, seed=seed), WORK / path.stem)
+    after = measure(loaded, constraint, seed)
+    write_json(
+        path,
+        {"method": method, "size": size, "seed": seed, "before": before, "losses": losses, "after": after},
+    )
+    name = name_of(method, size)
+    return f"seed {seed}, {name}: perplexity {before['perplexity']:.3f}, {after['perplexity']:.3f} after"
 
 
 def run(workers: int) -> None:
     prepare()
-    tasks = [(method, size, seed, True) for method, size in TUNED[:5] for seed in SEEDS]
-    tasks += [(method, size, seed, False) for method, size in MEASURED for seed in SEEDS]
-    tasks += [(method, size, seed, True) for method, size in TUNED[5:] for seed in SEEDS]
+    tasks = [(*case, seed) for case in CASES for seed in SEEDS]
     left = [task for task in tasks if not (WORK / "runs" / f"{task[0]}-{task[1]}-{task[2]}.json").exists()]
     with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
         running = [pool.submit(run_one, *task) for task in left]

@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 
-from benchmarks.constraints import RANKS, SEEDS, TUNED, WORK, make, name_of, plan_of
+from benchmarks.constraints import CASES, RANKS, SEEDS, WORK, make, name_of, plan_of
 from placement.constraints.constrain import constrain
 from placement.placement_map import PlacementMap
 from placement.runtime.experts import IMPLEMENTATIONS, build_implementations, installed
@@ -42,7 +42,7 @@ def time_constraints() -> None:
 
 
 def _time_seed(seed: int, sequences: list[list[int]]) -> dict[str, Any]:
-    cases = [("linear", None), *((name_of(*case), make(*case, seed=seed)) for case in TUNED)]
+    cases = [("linear", None), *((name_of(*case), make(*case, seed=seed)) for case in CASES)]
     arguments = {"placement": plan_of(seed), "cases": cases, "sequences": sequences}
     with hosts(RANKS, RATE) as network:
         ranks = run_on_ranks(_time_rank, RANKS, arguments, network.enter)

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from matplotlib import pyplot as plt
 
-from benchmarks.constraints import MEASURED, NAMES, SEEDS, TRAINING, TUNED, WORK, name_of
+from benchmarks.constraints import CASES, NAMES, SEEDS, TRAINING, WORK, name_of
 from benchmarks.record import RESULTS, circumstances
 
 METRICS = ("perplexity", "fan_out", "busiest_ingress", "imbalance_ratio")
@@ -39,13 +39,12 @@ def write_tables() -> None:
     for (method, size), parts in sorted(runs.items(), key=lambda item: (list(NAMES).index(item[0][0]), item[0][1])):
         cells = [name_of(method, size)]
         for stage in ("before", "after"):
-            done = [part for part in parts if stage in part]
-            cells += [_spread([part[stage]["perplexity"] for part in done]), _spread(_changes(done, plain, stage), "%")]
-        last = "after" if all("after" in part for part in parts) else "before"
-        cells += [_spread([part[last][metric] for part in parts]) for metric in METRICS[1:]]
+            quality = [part[stage]["perplexity"] for part in parts]
+            cells += [_spread(quality), _spread(_changes(parts, plain, stage), "%")]
+        cells += [_spread([part["after"][metric] for part in parts]) for metric in METRICS[1:]]
         lines.append(_row(cells))
         records += parts
-    lines += ["", "Traffic is that of the fine-tuned model where there is one.", ""]
+    lines += ["", "Traffic is that of the fine-tuned model.", ""]
     lines += _equal_quality(runs, "before") + _equal_quality(runs, "after")
     lines += _network_lines(network)
     where = circumstances()
@@ -59,7 +58,7 @@ def write_tables() -> None:
 
 def _read() -> Runs:
     runs: Runs = {}
-    for method, size in (*TUNED, *MEASURED):
+    for method, size in CASES:
         files = [WORK / "runs" / f"{method}-{size}-{seed}.json" for seed in SEEDS]
         parts = [json.loads(file.read_text()) for file in files if file.exists()]
         if parts:
@@ -68,7 +67,7 @@ def _read() -> Runs:
 
 
 def _changes(parts: Sequence[dict[str, Any]], plain: Sequence[dict[str, Any]], stage: str) -> list[float]:
-    of_seed = {part["seed"]: part[stage]["perplexity"] for part in plain if stage in part}
+    of_seed = {part["seed"]: part[stage]["perplexity"] for part in plain}
     return [100 * (part[stage]["perplexity"] / of_seed[part["seed"]] - 1) for part in parts if part["seed"] in of_seed]
 
 
@@ -87,13 +86,11 @@ def _equal_quality(runs: Runs, stage: str) -> list[str]:
     for method, size in sorted(key for key in runs if key[0] == "c2r"):
         rows = []
         for part in runs[method, size]:
-            if stage not in part:
-                continue
             points = [
                 (other[stage]["perplexity"], other[stage]["fan_out"])
                 for key in aware
                 for other in runs[key]
-                if other["seed"] == part["seed"] and stage in other
+                if other["seed"] == part["seed"]
             ]
             points.sort()
             if points and points[0][0] <= part[stage]["perplexity"] <= points[-1][0]:
@@ -101,7 +98,7 @@ def _equal_quality(runs: Runs, stage: str) -> list[str]:
                 rows.append((part[stage]["perplexity"], part[stage]["fan_out"], at))
         if rows:
             lines.append(_row([size, *(_spread(list(column)) for column in zip(*rows, strict=True)), len(rows)]))
-        elif any(stage in part for part in runs[method, size]):
+        else:
             lines.append(_row([size, "beyond the measured device-aware lists", "", "", 0]))
     return [*lines, ""]
 
@@ -197,11 +194,10 @@ def _draw(runs: Runs, network: Network) -> None:
     _save(figure, "constraints.svg")
     if network:
         figure, axis = plt.subplots(figsize=(6, 4))
-        for method, size in TUNED:
+        for method, size in CASES:
             parts = runs.get((method, size), [])
             if parts and name_of(method, size) in network[0]:
-                stage = "after" if all("after" in part for part in parts) else "before"
-                change = statistics.mean(_changes(parts, runs["none", 0], stage))
+                change = statistics.mean(_changes(parts, runs["none", 0], "after"))
                 time = statistics.mean(_milliseconds(network, name_of(method, size), "layers"))
                 axis.plot(time, change, "o", color=COLOURS[method])
                 axis.annotate(f" {size}" if size else "", (time, change), fontsize=8)
@@ -219,10 +215,9 @@ def _draw_panel(axis: Any, runs: Runs, stage: str, metric: str) -> None:
     for method in NAMES:
         points = []
         for (its_method, size), parts in sorted(runs.items()):
-            done = [part for part in parts if stage in part]
-            if its_method == method and done:
-                changes = _changes(done, runs["none", 0], stage)
-                points.append((size, [part[stage][metric] for part in done], changes))
+            if its_method == method:
+                changes = _changes(parts, runs["none", 0], stage)
+                points.append((size, [part[stage][metric] for part in parts], changes))
         if points:
             x, y = [statistics.mean(point[1]) for point in points], [statistics.mean(point[2]) for point in points]
             spread = [
