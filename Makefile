@@ -19,7 +19,7 @@ fuzz: $(VENV)/installed  ## 3,000 broken inputs, about 3 minutes, for every nigh
 faults: $(VENV)/installed  ## each command killed 20 times at a random moment, about 10 minutes; `make test` kills it once
 	COTERIE_FAULTS=20 $(BIN)/python -m pytest tests/test_faults.py
 
-package:  ## build, install in a fresh environment and run there; `make package WITH=torch==2.14.1` for other versions
+package:  ## build, install in a fresh environment and run there; `make package WITH=torch==2.14.1`, or WITH=lowest
 	.ci/package $(WITH)
 
 nightly: fuzz faults test-engines  ## what takes too long for every change
