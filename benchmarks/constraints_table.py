@@ -189,8 +189,8 @@ def _draw(runs: Runs, network: Network) -> None:
     for axis, (stage, metric) in zip(axes.flat, panels, strict=True):
         _draw_panel(axis, runs, stage, metric)
     handles, labels = axes[0, 0].get_legend_handles_labels()
-    axes[0, 1].legend(handles, labels, frameon=False, fontsize=8, loc="upper right")
-    figure.tight_layout()
+    figure.legend(handles, labels, frameon=False, fontsize=8, loc="lower center", ncols=len(labels))
+    figure.tight_layout(rect=(0, 0.03, 1, 1))
     _save(figure, "constraints.svg")
     if network:
         figure, axis = plt.subplots(figsize=(6, 4))
