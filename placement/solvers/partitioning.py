@@ -33,15 +33,20 @@ def partitioning(problem: LayerProblem, rng: np.random.Generator) -> Slots:
 
     if problem.num_groups > 1:
         raise CoterieError("strategy 'partitioning' knows of no groups to preserve; use 'search'")
+    if problem.topology.num_slots != problem.num_experts:
+        raise CoterieError(
+            f"strategy 'partitioning' fills every slot with an expert of its own, and there are "
+            f"{problem.topology.num_slots} slots for {problem.num_experts} experts; use 'search'"
+        )
     if problem.num_ranks > 1 and not can_enumerate(problem):
         raise CoterieError(
             f"strategy 'partitioning' enumerates all groups of {problem.slots_per_rank} of {problem.num_experts} "
             "experts, which are too many; use more ranks, or 'search'"
         )
-    balanced = ranks_of(load_only(replace(problem, num_redundant=0), rng), problem)
+    balanced = ranks_of(load_only(problem, rng), problem)
     load = np.bincount(balanced, problem.expert_load, minlength=problem.num_ranks)
     load_cap = max(problem.load_cap, float(load.max() / max(load.mean(), 1e-300)))
     problem = replace(problem.merged(), load_cap=load_cap, objective=Objective(ingress=1.0), worst_fold=False)
-    start = ranks_of(search(replace(problem, num_redundant=0), rng), problem)
+    start = ranks_of(search(problem, rng), problem)
     found = optimal_busiest_ingress(problem, start, SECONDS)
     return slots_of_ranks(start if found.rank_of_expert is None else found.rank_of_expert, problem.topology)
