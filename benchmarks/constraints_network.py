@@ -27,7 +27,7 @@ RATE = "400mbit"
 REPEATS = 9
 SEQUENCES_PER_RANK, SEQUENCE_LENGTH = 4, 256
 MAX_DIFFERENCE = 1e-4
-NUDGES = 12
+NUDGES, MOST_TIED = 12, 1e-3
 
 
 def time_constraints() -> None:
@@ -98,6 +98,7 @@ def _time_rank(rank: int, device: torch.device, arguments: Mapping[str, Any]) ->
                 case["max_difference"] = float(apart.max())
                 case["bytes_sent"] = meter.bytes_sent
                 assert case["max_difference"] <= MAX_DIFFERENCE, (name, case["max_difference"])
+                assert case["tied"] <= MOST_TIED * input_ids.numel(), (name, case["tied"])
                 continue
             of_phases = {name: sum(calls) for name, calls in meter.seconds.items()}
             seconds = {**of_phases, "layers": sum(of_phases.values()), "total": total}

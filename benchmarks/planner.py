@@ -174,6 +174,7 @@ def copies() -> None:
 def objectives() -> None:
     """What fits traffic rather than the sample: objectives of the search, on splits by sequence and by domain."""
     plain = Objective(ingress=1.0)
+    # What of the planner is another; a patch has to name something.
     cases: dict[str, dict[str, Any]] = {
         PROVED: {"NUM_FOLDS": NUM_FOLDS},
         "busiest ingress under the cap": {"NUM_FOLDS": 1, "objective_of": lambda *_: plain},

@@ -48,9 +48,11 @@ def plan_and_compare(
     options = options or Options()
     source = profile.digest
     profile, held_out = planned_and_unseen(profile, held_out)
-    metrics, maps = {}, {}
+    metrics = {}
+    # The one that was asked for comes first: if it cannot be, no time is lost on the others.
+    names = dict.fromkeys([strategy, *strategies])
+    maps = {name: plan(profile, topology, name, options, on_layer=on_layer) for name in names}
     for name in dict.fromkeys([*strategies, strategy]):
-        maps[name] = plan(profile, topology, name, options, on_layer=on_layer)
         metrics[name] = {
             "train": measure(maps[name], profile.require_tokens(), options.workload),
             "held_out": measure(maps[name], held_out.require_tokens(), options.workload),

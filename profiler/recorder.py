@@ -23,13 +23,13 @@ def inputs_and_mask(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[torc
     """What a forward pass was given, with tokens in its first two dimensions (B, S), and which of them count.
 
     While decoding the mask also covers cached tokens, so that it is wider than S; those of this pass are the last ones.
-    A mask of other than two dimensions says who sees whom, not who counts: all do.
+    A mask of other than two dimensions, or several by name, say who sees whom, not who counts: all do.
     """
     inputs: Any = kwargs.get("input_ids", args[0] if args else None)
     if inputs is None:
         inputs = kwargs["inputs_embeds"]
     mask: Any = kwargs.get("attention_mask", args[1] if len(args) > 1 else None)
-    if mask is None or mask.ndim != 2:
+    if not isinstance(mask, torch.Tensor) or mask.ndim != 2:
         mask = torch.ones(inputs.shape[:2], dtype=torch.bool, device=inputs.device)
     return inputs, mask
 

@@ -1,5 +1,6 @@
 """Which experts a token may pick: lists and limits against their slow references, and what each promises."""
 
+import itertools
 from dataclasses import replace
 
 import numpy as np
@@ -79,9 +80,18 @@ def test_pruning_equals_its_reference(given_scores, data):
     placement = random_map(make_spec(1, experts, top_k), ranks, copies, seed=int(rng.integers(1000)))
     by_similarity = data.draw(st.booleans())
     similarity = rng.normal(size=(1, experts, experts)).astype(np.float32) if by_similarity else None
-    if limit * (experts // ranks) < top_k or (copies and limit == 1 and experts // ranks + 1 < top_k):
-        return  # refused: so few ranks may hold fewer than K experts
-    constraint = limit_ranks(placement, limit, similarity)
+    held_by = [set(row) - {-1} for row in placement.physical_to_logical_map[0].reshape(ranks, -1).tolist()]
+    fewest = min(len(set().union(*some)) for some in itertools.combinations(held_by, min(limit, ranks)))
+    if fewest < top_k:
+        with pytest.raises(CoterieError, match="a token takes"):
+            limit_ranks(placement, limit, similarity)
+        return
+    try:
+        constraint = limit_ranks(placement, limit, similarity)
+    except CoterieError:
+        assert copies  # distinct experts of several ranks are bounded then, not counted
+        assert len(held_by[0]) < top_k
+        return
     got = selector(constraint, 0, top_k)(scores_TE)
     held = constraint.held[0].tolist()
     wanted = select_within_limit_reference(

@@ -8,6 +8,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 from profiler import CoterieError, Recorder
 from profiler.families import find_moe_layers, read_spec
+from profiler.recorder import inputs_and_mask
 from profiler.trace import DECODE, PREFILL
 
 
@@ -63,16 +64,28 @@ def test_spec_of_a_model_with_dense_layers():
     assert (spec.num_experts, spec.top_k, spec.num_groups, spec.hidden_size, spec.expert_size) == (8, 2, 2, 32, 16)
 
 
-def test_padding_is_left_out():
+@pytest.mark.parametrize("by_name", [True, False])
+def test_padding_is_left_out(by_name):
     model = tiny_model("olmoe")
     input_ids = torch.randint(3, 64, (2, 6))
     mask = torch.tensor([[1, 1, 1, 1, 1, 1], [0, 0, 1, 1, 1, 0]])
     with torch.no_grad(), Recorder(model) as recorder:
         recorder.domain_id = 1
-        model(input_ids=input_ids, attention_mask=mask)
+        if by_name:
+            model(input_ids=input_ids, attention_mask=mask)
+        else:
+            model(input_ids, mask)
     trace = recorder.trace()
     assert trace.sequence_ids.tolist() == [0] * 6 + [1] * 3
     assert set(trace.domain_ids.tolist()) == {1}
+
+
+def test_masks_that_say_who_sees_whom_leave_nobody_out():
+    inputs = torch.zeros(2, 3, dtype=torch.long)
+    for mask in (None, torch.ones(2, 1, 3, 3), {"full_attention": torch.ones(2, 1, 3, 3)}):
+        given, counted = inputs_and_mask((), {"input_ids": inputs, "attention_mask": mask})
+        assert given is inputs
+        assert counted.tolist() == [[True] * 3] * 2
 
 
 def test_decoding_is_told_from_prefill_and_goes_on_with_its_sequences():

@@ -73,6 +73,15 @@ def test_search_fits_every_shape_and_repeats_itself(scenario, objective):
     assert set().union(*held) == set(range(num_experts))
 
 
+def test_what_cannot_be_planned_is_said_before_others_are():
+    spec, ids = make_spec(1, 64, 4), random_ids(0, 1, 400, 64, 4)
+    profile = Profile.from_tokens(spec, ["a", "b"], make_trace(ids), {})
+    done = []
+    with pytest.raises(CoterieError, match="16 of 64 experts, which are too many"):
+        plan_and_compare(profile, Topology(1, 4, 16), "partitioning", on_layer=lambda: done.append(1))
+    assert not done
+
+
 def test_groups_stay_together():
     """Ranks of a group are neighbours, and hold nothing else, as a group-limited router wants it of a permutation."""
     for scenario in ("groups on nodes", "groups on ranks"):

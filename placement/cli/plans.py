@@ -122,7 +122,7 @@ def plan(
             "--hidden-size and --expert-size"
         )
     compared = list(STRATEGIES if compare else ALWAYS_COMPARED)
-    if compare and strategy != "partitioning":
+    if compare:
         compared.remove("partitioning")  # few sizes allow it, and it takes minutes
     if compare and not _has_hypergraph():
         compared.remove("hypergraph")
