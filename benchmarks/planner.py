@@ -18,7 +18,7 @@ import placement.solvers
 from benchmarks import traces
 from benchmarks.record import write
 from placement.compare import measure
-from placement.solvers import NUM_FOLDS, STRATEGIES, Options, objective_of, plan
+from placement.solvers import HALVINGS, STRATEGIES, Options, objective_of, plan
 from placement.solvers.contract import Objective
 from placement.topology import Links, Topology
 from profiler.profile import Profile
@@ -176,10 +176,10 @@ def objectives() -> None:
     plain = Objective(ingress=1.0)
     # What of the planner is another; a patch has to name something.
     cases: dict[str, dict[str, Any]] = {
-        PROVED: {"NUM_FOLDS": NUM_FOLDS},
-        "busiest ingress under the cap": {"NUM_FOLDS": 1, "objective_of": lambda *_: plain},
-        "default, without folds": {"NUM_FOLDS": 1},
-        "default": {"NUM_FOLDS": NUM_FOLDS},
+        PROVED: {"HALVINGS": HALVINGS},
+        "busiest ingress under the cap": {"HALVINGS": 0, "objective_of": lambda *_: plain},
+        "default, without folds": {"HALVINGS": 0},
+        "default": {"HALVINGS": HALVINGS},
         "default, domains as folds": {"_folds": _domain_folds},
     }
     rows = []
@@ -226,7 +226,7 @@ def _domain_folds(tokens: TokenTrace, _: Options) -> npt.NDArray[np.int64]:
     """Folds for `plan`: domains, largest first, each to the fold that has fewest tokens."""
     _, domain_T = np.unique(tokens.domain_ids, return_inverse=True)
     size = np.bincount(domain_T)
-    fold_of, filled = np.empty(len(size), np.int64), np.zeros(min(NUM_FOLDS, len(size)))
+    fold_of, filled = np.empty(len(size), np.int64), np.zeros(min(2**HALVINGS, len(size)))
     for domain in np.argsort(-size, kind="stable"):
         fold_of[domain] = filled.argmin()
         filled[fold_of[domain]] += size[domain]
@@ -292,7 +292,7 @@ def scale() -> None:
         "A model of the shape of DeepSeek-V3",
         "Made-up routing with structure, top-8; planned on so many tokens a layer, measured on as many others. Peak "
         "memory is of the process, the routing included. Relative time is what the default objective takes a layer to "
-        "last on unknown links: of an even plan in which nothing collaborates 4 to exchange and 1 to compute.",
+        "last on unknown links: of an even plan in which nothing collaborates 5 to exchange and 1 to compute.",
         (
             "layers, experts, ranks, tokens",
             "strategy",

@@ -15,6 +15,7 @@ import numpy.typing as npt
 
 from placement.placement_map import PlacementMap
 from placement.solvers.contract import LayerProblem, Objective, Slots, Strategy
+from placement.solvers.folds import folds_by_picks
 from placement.solvers.hypergraph import hypergraph
 from placement.solvers.linear import linear
 from placement.solvers.load import load
@@ -53,13 +54,14 @@ LEAST_LOAD_CAP, LOAD_CAP_OF_ONE_EXPERT, MOST_LOAD_CAP = 1.06, 0.5, 1.15
 """The default load cap is 1 + 0.5 / slots a rank, between these: the fewer experts a rank holds, the more traffic it
 costs to balance them.  Chosen on recorded routing, see docs/log.md."""
 
-NUM_FOLDS = 4
-"""Parts of the sequences that a plan has to be good on; how other numbers did is in docs/log.md."""
+HALVINGS = 2
+"""Sequences are halved so often where they differ most: a plan has to be good on each of these folds too, so that it
+stays good where traffic comes to differ in what it did differ in.  How other folds did is in docs/log.md."""
 
-TOGETHER = 0.75
-"""What all tokens together count beside the mean over folds: a fold alone overstates how far sequences differ."""
+TOGETHER = 0.9
+"""What all tokens together count beside the mean over folds: a fold overstates how far sequences differ."""
 
-TRANSFER_TO_COMPUTE = 2.0
+TRANSFER_TO_COMPUTE = 2.5
 """How many times as long as a random plan's experts its dispatch, and its combine, are taken to last without links."""
 
 OBJECTIVES = ("time", "fan-out", "balance", "collaboration")
@@ -171,10 +173,10 @@ def layer_problems(profile: Profile, topology: Topology, options: Options) -> li
             f"{topology.num_slots} slots for {model.num_experts} experts and {options.num_redundant} redundant ones: "
             "give as many slots as experts at least"
         )
-    folds_T, weights_T = _folds(tokens, options), _weights(tokens, profile.domains, options)
+    weights_T = _weights(tokens, profile.domains, options)
     if weights_T is not None:
-        tokens, folds_T = tokens.where(weights_T > 0), folds_T[weights_T > 0]
-        weights_T = weights_T[weights_T > 0]
+        tokens, weights_T = tokens.where(weights_T > 0), weights_T[weights_T > 0]
+    folds_T = _folds(tokens, options)
     if options.preserve_groups and (topology.num_slots != model.num_experts or options.num_redundant):
         raise CoterieError("groups can only be preserved with one slot for each expert and no redundant ones")
     objective = objective_of(model, topology, options)
@@ -227,12 +229,18 @@ def objective_of(model: MoESpec, topology: Topology, options: Options) -> Object
 
 
 def _folds(tokens: TokenTrace, options: Options) -> npt.NDArray[np.int64]:
-    """The fold of each token: its domain if the worst domain counts, else its sequence's place modulo the folds."""
+    """The fold of each token, 0 .. F-1 all with tokens.
+
+    The domain if the worst domain counts, else by what sequences pick.  With copies sequences are dealt to folds in turn:
+    tokens' choices make up for what differs between sequences, and a plan that did so too would pay for it in traffic.
+    """
     if options.worst_domain:
         _, folds = np.unique(tokens.domain_ids, return_inverse=True)
         return folds.astype(np.int64)
-    sequences, place = np.unique(tokens.sequence_ids, return_inverse=True)
-    return (place % min(NUM_FOLDS, len(sequences))).astype(np.int64)
+    if options.num_redundant:
+        sequences, place = np.unique(tokens.sequence_ids, return_inverse=True)
+        return (place % min(2**HALVINGS, len(sequences))).astype(np.int64)
+    return folds_by_picks(tokens, HALVINGS)
 
 
 def _weights(tokens: TokenTrace, domains: tuple[str, ...], options: Options) -> npt.NDArray[np.float64] | None:

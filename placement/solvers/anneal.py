@@ -34,7 +34,7 @@ TRIES_PER_KICK = 90
 MAX_SETS = 4_000
 """Token sets to judge changes by: a draw of so many tokens where there are more."""
 
-LOAD_COUNTS = 5.0
+LOAD_COUNTS = 6.0
 """How much more load weighs here than without copies: these balance nearly any load, for a little of the traffic."""
 
 EXCESS_COUNTS = 5.0
