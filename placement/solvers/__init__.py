@@ -231,15 +231,16 @@ def objective_of(model: MoESpec, topology: Topology, options: Options) -> Object
 def _folds(tokens: TokenTrace, options: Options) -> npt.NDArray[np.int64]:
     """The fold of each token, 0 .. F-1 all with tokens.
 
-    The domain if the worst domain counts, else by what sequences pick.  With copies sequences are dealt to folds in turn:
-    tokens' choices make up for what differs between sequences, and a plan that did so too would pay for it in traffic.
+    The domain if the worst domain counts, else by what sequences pick.  With copies, sequences are dealt to folds in
+    turn: tokens' choices make up for what differs between sequences; a plan that did so too would pay in traffic.
     """
     if options.worst_domain:
         _, folds = np.unique(tokens.domain_ids, return_inverse=True)
         return folds.astype(np.int64)
     if options.num_redundant:
         sequences, place = np.unique(tokens.sequence_ids, return_inverse=True)
-        return (place % min(2**HALVINGS, len(sequences))).astype(np.int64)
+        in_turn: npt.NDArray[np.int64] = place % min(2**HALVINGS, len(sequences))
+        return in_turn
     return folds_by_picks(tokens, HALVINGS)
 
 

@@ -74,17 +74,20 @@ def _first_axis(shares: csr_array, num_tokens: Floats) -> Floats:
     weight = np.sqrt(num_tokens)
 
     def forth(axis: Floats) -> Floats:
-        return weight * (shares @ axis.ravel() - mean @ axis.ravel())
+        out: Floats = weight * (shares @ axis.ravel() - mean @ axis.ravel())
+        return out
 
     def back(places: Floats) -> Floats:
         weighted = weight * places.ravel()
-        return shares.T @ weighted - mean * weighted.sum()
+        out: Floats = shares.T @ weighted - mean * weighted.sum()
+        return out
 
-    start = back(np.arange(len(weight)) - len(weight) / 2 + 0.25)
+    start = back(np.arange(len(weight), dtype=np.float64) - len(weight) / 2 + 0.25)
     if not np.abs(start).max() > 1e-12 * weight.max():
         return np.zeros(len(weight))
     centred = LinearOperator(shares.shape, matvec=forth, rmatvec=back, dtype=np.float64)
     _, _, axes = svds(centred, k=1, v0=start if len(weight) > shares.shape[1] else forth(start))
     places = forth(axes[0]) / weight
     # The axis has two directions, and threads may add up in another order: the farthest is at 1, to nine places.
-    return np.round(places / (places[np.abs(places).argmax()] or 1.0), 9)
+    farthest = float(places[np.abs(places).argmax()])
+    return np.asarray(np.round(places / (farthest or 1.0), 9), dtype=np.float64)

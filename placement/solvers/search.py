@@ -1,8 +1,9 @@
 """The project's own search: a plan that is good at its busiest places, on token sets, under a load cap.
 
 It minimises the objective's busiest ingress, busiest node and busiest load together, each the p-norm over places (a
-maximum that also feels the runners-up), averaged over folds of the sequences.  A plan whose busiest rank is another one
-in every fold pays for each of them, so that the average rewards plans that stay balanced on traffic yet to come.
+maximum that also feels the runners-up), of all tokens and, counting less, averaged over folds of the sequences that
+differ in what they pick.  A plan whose busiest rank is another one in every fold pays for each of them, so that the
+average rewards plans that stay balanced where the mixture of traffic shifts.
 """
 
 from __future__ import annotations
