@@ -82,6 +82,13 @@ def test_parts_that_pick_other_experts_are_told_apart():
     assert len({(a, b) for a, b in zip(folds.tolist(), kind.tolist(), strict=True)}) == 4
 
 
+def test_more_sequences_than_experts_in_all():
+    trace = random_trace(1, 300, num_layers=1)
+    tokens_of = np.bincount(folds_by_picks(trace, 2))
+    assert len(tokens_of) == 4
+    assert np.ptp(tokens_of) < 0.05 * trace.num_tokens
+
+
 def test_sequences_that_are_alike_keep_their_order():
     sequences = np.repeat(np.arange(4), 5)
     assert folds_by_picks(trace_of(np.ones((2, 20, 1)), sequences), 1).tolist() == [0] * 10 + [1] * 10
