@@ -44,16 +44,16 @@ def folds_by_picks(tokens: TokenTrace, halvings: int) -> Ints:
 def _shares(tokens: TokenTrace, sequence_T: Ints) -> csr_array:
     """Roots of the shares of each sequence's picks, float64 (sequences, layers read times experts)."""
     layers = np.unique(np.linspace(0, len(tokens.topk_ids) - 1, LAYERS_READ).round().astype(np.int64))
-    num_experts = int(np.iinfo(tokens.topk_ids.dtype).max) + 1
+    no_expert = int(np.iinfo(tokens.topk_ids.dtype).max)
     rows, columns = [], []
     for place, layer in enumerate(layers):
         ids_TK = tokens.topk_ids[layer]
-        picked = tokens.picked[layer]
+        picked = ids_TK != no_expert
         rows.append(np.repeat(sequence_T, picked.sum(axis=1)))
-        columns.append(place * num_experts + ids_TK[picked].astype(np.int64))
+        columns.append(place * no_expert + ids_TK[picked].astype(np.int64))
     row, column = np.concatenate(rows), np.concatenate(columns)
     picks = np.maximum(np.bincount(row, minlength=int(sequence_T.max()) + 1), 1)
-    counts = coo_array((1.0 / picks[row], (row, column)), shape=(len(picks), len(layers) * num_experts)).tocsr()
+    counts = coo_array((1.0 / picks[row], (row, column)), shape=(len(picks), len(layers) * no_expert)).tocsr()
     return counts.sqrt()
 
 
@@ -82,7 +82,7 @@ def _first_axis(shares: csr_array, num_tokens: Floats) -> Floats:
         out: Floats = shares.T @ weighted - mean * weighted.sum()
         return out
 
-    start = back(np.arange(len(weight), dtype=np.float64) - len(weight) / 2 + 0.25)
+    start = back(np.random.default_rng(0).normal(size=len(weight)))  # at random, so that no difference cancels out
     if not np.abs(start).max() > 1e-12 * weight.max():
         return np.zeros(len(weight))
     centred = LinearOperator(shares.shape, matvec=forth, rmatvec=back, dtype=np.float64)
