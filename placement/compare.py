@@ -13,7 +13,7 @@ import numpy as np
 from placement.cost import Choice, evaluate, summarise
 from placement.placement_map import PlacementMap
 from placement.solvers import ALWAYS_COMPARED, Options, layer_problems, plan
-from placement.timing import Workload, time_of
+from placement.timing import Mode, Workload, time_of
 from placement.topology import Topology
 from profiler.errors import CoterieError
 from profiler.profile import Profile
@@ -23,6 +23,9 @@ LOSS_TO_WARN_OF = 0.05
 
 WORTH_IT_FROM = 0.03
 """A plan that is not this much better than load-only on traffic it has not seen is not worth deploying."""
+
+DECISIVE: dict[Mode, str] = {"per-rank": "busiest_ingress", "per-expert": "imbalance_ratio"}
+"""The figure that tells whether a plan is worth it where times are not known."""
 
 
 def plan_and_compare(
@@ -90,19 +93,26 @@ def measure(
     return figures
 
 
-def verdict(metrics: Mapping[str, Any], strategy: str) -> list[str]:
-    """What a person should know before deploying the plan, a sentence each; empty where all is well."""
+def verdict(metrics: Mapping[str, Any], strategy: str, mode: Mode = "per-rank") -> list[str]:
+    """What a person should know before deploying the plan, a sentence each; empty where all is well.
+
+    Args:
+        mode: how the engine sends tokens, as `Workload.mode`: it decides which figure counts where no time is known.
+    """
     mine = metrics[strategy]
     sentences = []
     if "load" in metrics and strategy != "load":
-        name = "predicted_time" if "predicted_time" in mine["held_out"] else "busiest_ingress"
+        name = "predicted_time" if "predicted_time" in mine["held_out"] else DECISIVE[mode]
         own, other = (metrics[which]["held_out"][name]["mean"] for which in (strategy, "load"))
         gain = 1 - own / other
         if gain < WORTH_IT_FROM:
+            because = {
+                "per-rank": "the routing has too little structure, or this hardware too little to gain from it",
+                "per-expert": "sent once per expert, only balance counts, and engines can balance themselves",
+            }
             sentences.append(
                 f"not worth it: on unseen sequences the plan's {name} is {abs(gain):.1%} "
-                f"{'below' if gain >= 0 else 'above'} that of balancing the load only; the routing has too little "
-                "structure, or this hardware too little to gain from it"
+                f"{'below' if gain >= 0 else 'above'} that of balancing the load only; {because[mode]}"
             )
     train, unseen = (mine[part]["busiest_ingress"]["mean"] for part in ("train", "held_out"))
     loss = unseen / train - 1

@@ -37,6 +37,9 @@ if TYPE_CHECKING:
 
 Floats = npt.NDArray[np.float64]
 
+Mode = Literal["per-rank", "per-expert"]
+"""How an engine sends a token: once to each rank that serves it, or once for each of its experts."""
+
 FP8_WIDTH = 1 + 4 / 128
 """Bytes of an 8-bit value and its share of the float32 scale of 128 of them, as DeepEP dispatches them."""
 BF16_WIDTH = 2.0
@@ -59,7 +62,7 @@ class Workload:
     """
 
     tokens_per_rank: int
-    mode: Literal["per-rank", "per-expert"] = "per-rank"
+    mode: Mode = "per-rank"
     dispatch_width: float = FP8_WIDTH
     combine_width: float = BF16_WIDTH
 

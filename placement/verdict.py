@@ -10,7 +10,7 @@ from typing import Literal
 import numpy as np
 import pandas as pd
 
-from placement.compare import WORTH_IT_FROM
+from placement.compare import DECISIVE, WORTH_IT_FROM
 from placement.insight import Insight
 from placement.timing import Workload, time_of
 
@@ -57,7 +57,9 @@ def _worth(insight: Insight) -> Answer:
     peer = "load" if "load" in insight.maps else "linear"
     peer_words = "balancing the load only" if peer == "load" else "experts in file order"
     row, before = insight.interval("plan"), insight.interval("linear")
-    gain, low, high = (float(row[f"over_{peer}{end}"]) for end in ("", "_low", "_high"))
+    mode = _workload(insight).mode
+    decisive = insight.interval("plan", DECISIVE[mode])
+    gain, low = float(decisive[f"over_{peer}"]), float(decisive[f"over_{peer}_low"])
     tone: Tone
     if low >= WORTH_IT_FROM:
         headline, tone = "Worth it", "good"
@@ -78,9 +80,10 @@ def _worth(insight: Insight) -> Answer:
     gain_L = 1 - busiest / insight.metrics[peer].busiest_ingress
     ids = insight.profile.model.layer_ids
     fan_out, after = (float(insight.interval(name, "fan_out")["value"]) for name in ("linear", "plan"))
+    fewer, least_fewer, most_fewer = (float(row[f"over_{peer}{end}"]) for end in ("", "_low", "_high"))
     sentences = [
-        f"The busiest rank is reached by {row['value']:.1%} of all tokens: {_less(gain)} than with {peer_words} (95% "
-        f"interval {low:+.1%} to {high:+.1%}) and {_less(float(row['over_linear']))} than in file order "
+        f"The busiest rank is reached by {row['value']:.1%} of all tokens: {_less(fewer)} than with {peer_words} (95% "
+        f"interval {least_fewer:+.1%} to {most_fewer:+.1%}) and {_less(float(row['over_linear']))} than in file order "
         f"({before['value']:.1%}).",
         f"The busiest rank does {imbalance:.2f} times the mean work ({of_peer:.2f} with {peer_words}); a token visits "
         f"{after:.2f} ranks instead of {fan_out:.2f}.",
@@ -101,8 +104,11 @@ def _worth(insight: Insight) -> Answer:
     known = "that the plan was made with" if insight.seen else "that the plan has not seen"
     sentences.append(
         f"Measured on {insight.measured.require_tokens().num_tokens:,} tokens of {num_sequences:,} sequences {known}. "
-        "Fewer copies save time where an engine sends a token once per rank; where it sends once per expert, only "
-        "balance counts."
+        + {
+            "per-rank": "Fewer copies save time where an engine sends a token once per rank; where it sends once per "
+            "expert, only balance counts.",
+            "per-expert": "The plan is for an engine that sends a token once per expert, where only balance counts.",
+        }[mode]
     )
     return Answer("Is a plan worth it here?", headline, tuple(sentences), tone)
 
@@ -131,14 +137,18 @@ def _measured(insight: Insight) -> list[str]:
 
 def _layer_times(insight: Insight) -> dict[str, float]:
     """Predicted seconds of a layer by map, mean over layers, for the plan's own workload; empty without links."""
-    workload = Workload(**insight.plan.solver.get("options", {}).get("workload", {"tokens_per_rank": 4096}))
-    times = {}
+    workload, times = _workload(insight), {}
     for name, placement in insight.maps.items():
         linked = replace(placement, topology=replace(placement.topology, links=insight.plan.topology.links))
         time = time_of(linked, insight.metrics[name], workload)
         if time is not None:
             times[name] = float(time.total.mean())
     return times
+
+
+def _workload(insight: Insight) -> Workload:
+    """What the plan was made for."""
+    return Workload(**insight.plan.solver.get("options", {}).get("workload", {"tokens_per_rank": 4096}))
 
 
 def _less(gain: float) -> str:

@@ -273,6 +273,13 @@ def test_a_plan_without_structure_is_not_worth_it(profile):
     assert not any("not worth it" in sentence for sentence in verdict(placement.metrics, "search"))
 
 
+def test_once_per_expert_the_verdict_is_about_balance(profile):
+    options = Options(workload=Workload(4096, "per-expert"))
+    placement = plan_and_compare(profile, Topology.for_experts(16, 4), options=options)
+    told = verdict(placement.metrics, "search", "per-expert")
+    assert any("not worth it" in sentence and "imbalance_ratio" in sentence for sentence in told)
+
+
 def test_too_few_tokens_are_told():
     few = make_trace(random_ids(0, 2, 60, 32, 4))
     placement = plan_and_compare(

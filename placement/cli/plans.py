@@ -155,7 +155,7 @@ def plan(
             total = recorded.model.num_layers * len(recorded.domains)
             done = iter(range(1, total + 1))
             regrets = domain_regret(recorded, placement, options, unseen, lambda: advance_to(next(done), total))
-    sentences = verdict(placement.metrics, strategy)
+    sentences = verdict(placement.metrics, strategy, options.workload.mode)
     if as_json:
         value = {"plan": str(out), "strategy": strategy, "metrics": placement.metrics, "verdict": sentences}
         print_json(value if regrets is None else {**value, "regret": regrets})

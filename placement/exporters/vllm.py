@@ -27,7 +27,7 @@ def export(placement: PlacementMap, path: Path, served: ServedModel) -> Export:
     words += [f"--enable-expert-parallel --enable-eplb --eplb-config {shlex.quote(balancing)}"]
     words += ["--all2all-backend deepep_high_throughput"]
     remarks = (
-        "install coterie beside vLLM with `pip install --no-deps coterie`: the plugin needs numpy only",
+        "install coterie beside vLLM with `pip install --no-deps PATH-TO-COTERIE`: the plugin needs only what vLLM has",
         "vLLM moves experts first after a quarter of eplb-config's step_interval (750 forward passes unless set); "
         "a permuted checkpoint holds from the first token on",
     )
