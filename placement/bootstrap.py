@@ -91,7 +91,7 @@ def serving_ranks(placement: PlacementMap, tokens: TokenTrace) -> npt.NDArray[np
     layers = zip(tokens.topk_ids, tokens.picked, placement.physical_to_logical_map, out, strict=True)
     for ids_TK, picked_TK, slots_P, out_TK in layers:
         ranks_EX = ranks_of_experts(slots_P, placement.model.num_experts, topology.slots_per_rank)
-        experts_TK = np.where(picked_TK, ids_TK, -1).astype(np.int64)[order]
+        experts_TK = np.where(picked_TK, ids_TK.astype(np.int64), -1)[order]  # -1 does not fit the ids' own type
         load = np.zeros(topology.num_ranks)
         out_TK[order] = choose_ranks(experts_TK, np.ascontiguousarray(ranks_EX), topology.ranks_per_node, load)
     return out

@@ -17,12 +17,16 @@ from placement.timing import Mode, Workload, time_of
 from placement.topology import Topology
 from profiler.errors import CoterieError
 from profiler.profile import Profile
+from profiler.spec import MoESpec
 from profiler.trace import TokenTrace
 
 LOSS_TO_WARN_OF = 0.05
 
 WORTH_IT_FROM = 0.03
 """A plan that is not this much better than load-only on traffic it has not seen is not worth deploying."""
+
+KEEP_GROUPS = ("search", "linear")
+"""Strategies whose plans keep a router's groups together where that is wanted."""
 
 DECISIVE: dict[Mode, str] = {"per-rank": "busiest_ingress", "per-expert": "imbalance_ratio"}
 """The figure that tells whether a plan is worth it where times are not known."""
@@ -49,6 +53,8 @@ def plan_and_compare(
         CoterieError: as `plan` does, or the two profiles are of different models.
     """
     options = options or Options()
+    if options.preserve_groups and profile.model.num_groups > 1 and strategy not in KEEP_GROUPS:
+        raise CoterieError(f"strategy {strategy!r} takes groups apart; {' and '.join(KEEP_GROUPS)} keep them")
     source = profile.digest
     profile, held_out = planned_and_unseen(profile, held_out)
     metrics = {}
@@ -93,14 +99,27 @@ def measure(
     return figures
 
 
-def verdict(metrics: Mapping[str, Any], strategy: str, mode: Mode = "per-rank") -> list[str]:
+def verdict(metrics: Mapping[str, Any], strategy: str, options: Options | None = None) -> list[str]:
     """What a person should know before deploying the plan, a sentence each; empty where all is well.
 
     Args:
-        mode: how the engine sends tokens, as `Workload.mode`: it decides which figure counts where no time is known.
+        options: what it was planned with.
     """
-    mine = metrics[strategy]
+    options = options or Options()
+    mine, mode = metrics[strategy], options.workload.mode
     sentences = []
+    highest = mine["train"]["imbalance_ratio"]["worst"]
+    weighted = options.domain_weights or options.worst_domain  # metrics count all tokens alike
+    if (
+        options.load_cap is not None
+        and not weighted
+        and highest is not None
+        and highest > options.load_cap * (1 + 1e-9)
+    ):
+        sentences.append(
+            f"the load cap of {options.load_cap:g} is not kept: on the tokens planned with, imbalance_ratio is up to "
+            f"{highest:.2f}; give redundant experts or a higher cap"
+        )
     if "load" in metrics and strategy != "load":
         name = "predicted_time" if "predicted_time" in mine["held_out"] else DECISIVE[mode]
         own, other = (metrics[which]["held_out"][name]["mean"] for which in (strategy, "load"))
@@ -124,6 +143,19 @@ def verdict(metrics: Mapping[str, Any], strategy: str, mode: Mode = "per-rank") 
     return sentences
 
 
+def require_provable(topology: Topology, model: MoESpec, options: Options) -> None:
+    """Check that a plan could be certified.
+
+    Raises:
+        CoterieError: there are redundant or empty slots, or domains are weighted, which no proof covers yet.
+    """
+    if topology.num_slots != model.num_experts or options.domain_weights:
+        raise CoterieError(
+            f"{topology.num_slots} slots for {model.num_experts} experts: certificates are for plans with a slot for "
+            "each expert and no domain weights; plan without --certify"
+        )
+
+
 def certify_plan(
     profile: Profile,
     placement: PlacementMap,
@@ -135,13 +167,9 @@ def certify_plan(
     """The plan with a certificate for each layer: how far it is from the best on the tokens that it was planned with.
 
     Raises:
-        CoterieError: the plan holds redundant or empty slots, or domains are weighted, which no proof covers yet.
+        CoterieError: no proof covers such a plan, see `require_provable`.
     """
-    if placement.topology.num_slots != placement.model.num_experts or options.domain_weights:
-        raise CoterieError(
-            f"{placement.topology.num_slots} slots for {placement.model.num_experts} experts: certificates are for "
-            "plans with a slot for each expert and no domain weights; plan without --certify"
-        )
+    require_provable(placement.topology, placement.model, options)
     from placement.certify import certify  # networkx, pandas and scipy take most of a second, and are seldom needed
 
     planned, _ = planned_and_unseen(profile, held_out)
@@ -173,7 +201,10 @@ def domain_regret(
     for domain in own_parts:
         if domain not in unseen_parts:
             continue
-        alone = replace(options, domain_weights=None, worst_domain=False)
+        if not (own_parts[domain].require_tokens().num_tokens and unseen_parts[domain].require_tokens().num_tokens):
+            continue  # a sample of the tokens may hold none of a small domain
+        # A cap that the mixture keeps may be out of reach in one domain.
+        alone = replace(options, domain_weights=None, worst_domain=False, load_cap=None)
         own = plan(own_parts[domain], placement.topology, "search", alone, on_layer=on_layer)
         tokens = unseen_parts[domain].require_tokens()
         this, best = evaluate(placement, tokens), evaluate(own, tokens)

@@ -39,11 +39,11 @@ def read_any_map(
         CoterieError: the file cannot be read, is no map of this model, or needs `num_ranks`.
     """
     if path.is_dir():
-        return _of_these_ranks(read_permuted_map(path), path, num_ranks)
+        return _of_these_ranks(read_permuted_map(path), path, num_ranks, num_nodes)
     if path.suffix == ".json":
         value = read_json(path, "a placement map", "make one with `coterie plan`")
         if "schema_version" in value:
-            return _of_these_ranks(PlacementMap.load_from(path), path, num_ranks)
+            return _of_these_ranks(PlacementMap.load_from(path), path, num_ranks, num_nodes)
         if "layer_list" in value:
             rows, name = _ascend_rows(value, path, num_ranks), "vllm-ascend map"
             num_ranks = len(value["layer_list"][0]["device_list"])
@@ -82,9 +82,11 @@ def read_any_map(
         raise CoterieError(f"{path}: {error}") from error
 
 
-def _of_these_ranks(placement: PlacementMap, path: Path, num_ranks: int | None) -> PlacementMap:
+def _of_these_ranks(placement: PlacementMap, path: Path, num_ranks: int | None, num_nodes: int | None) -> PlacementMap:
     if num_ranks not in (None, placement.topology.num_ranks):
         raise CoterieError(f"--ranks {num_ranks}: {path} is for {placement.topology.num_ranks}; leave it out")
+    if num_nodes not in (None, placement.topology.num_nodes):
+        raise CoterieError(f"--nodes {num_nodes}: {path} is for {placement.topology.num_nodes}; leave it out")
     return placement
 
 

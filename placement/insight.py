@@ -17,7 +17,6 @@ from placement.cost import Metrics, evaluate
 from placement.placement_map import PlacementMap
 from placement.runtime.results import BenchResult
 from placement.sufficiency import Planner, Recommendation, convergence, recommend, some_layers, split_half, transfer
-from placement.topology import Topology
 from profiler.analysis import affinity_table, collaborator_table, community_table, expert_table, load_table
 from profiler.drift import domain_table
 from profiler.errors import CoterieError
@@ -124,10 +123,7 @@ def gather(
         )
     planned, measured, seen = planned_and_measured(profile, placement, held_out)
     tokens = measured.require_tokens()
-    topology = Topology.for_experts(
-        profile.model.num_experts, ranks, placement.topology.num_nodes, links=placement.topology.links
-    )
-    maps = {"linear": PlacementMap.linear(profile.model, topology)}
+    maps = {"linear": PlacementMap.linear(profile.model, placement.topology)}
     if load_only:
         maps["load"] = load_only(planned)
     maps["plan"] = placement
@@ -196,7 +192,7 @@ def study_data(
     planned, layers = some_layers(planned, MAX_LAYERS_STUDIED)
     measured, _ = some_layers(measured, MAX_LAYERS_STUDIED)
     tokens = measured.require_tokens()
-    num_tokens, topology = planned.counts.tokens, placement.topology
+    num_tokens = planned.counts.tokens
     largest = np.argsort(-num_tokens, kind="stable")[:MAX_DOMAINS_STUDIED]
     names = [planned.domains[domain] for domain in sorted(largest) if num_tokens[domain]]
     total = 2 * (NUM_SIZES - 1) + 1 + 2 + (len(names) if len(names) > 1 else 0)
@@ -213,8 +209,6 @@ def study_data(
         metrics=None,
         certificate=None,
     )
-    linear = PlacementMap.linear(
-        planned.model, Topology.for_experts(planned.model.num_experts, topology.num_ranks, topology.num_nodes)
-    )
+    linear = PlacementMap.linear(planned.model, placement.topology)
     across = transfer(planned, measured, planner, {"linear": linear, "this plan": this}, names, on_plan=done)
     return Study(planned.model.layer_ids, curve, halves, across)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Self
@@ -75,14 +75,31 @@ class PlacementMap:
         solver: Mapping[str, Any],
         profile_digest: str | None = None,
     ) -> Self:
-        """A map without redundant experts from the rank of each expert, int (L, E); experts of a rank in file order."""
-        slots = np.argsort(rank_of_expert, axis=1, kind="stable").astype(np.int64)
-        return cls(model, topology, slots, solver, profile_digest)
+        """A map without redundant experts from the rank of each expert, int (L, E); experts of a rank in file order.
+
+        Raises:
+            CoterieError: a rank is given more experts than it has slots.
+        """
+        num_layers, num_ranks, slots_per_rank = len(rank_of_expert), topology.num_ranks, topology.slots_per_rank
+        slots = np.full((num_layers, num_ranks, slots_per_rank), EMPTY_SLOT, dtype=np.int64)
+        for layer, rank in np.ndindex(num_layers, num_ranks):
+            held = np.flatnonzero(rank_of_expert[layer] == rank)
+            if len(held) > slots_per_rank:
+                raise CoterieError(f"rank {rank} is given {len(held)} experts and has {slots_per_rank} slots")
+            slots[layer, rank, : len(held)] = held
+        return cls(model, topology, slots.reshape(num_layers, -1), solver, profile_digest)
 
     @classmethod
     def linear(cls, model: MoESpec, topology: Topology) -> Self:
-        """Experts in file order, E/R consecutive ones on each rank: what engines do when they are told nothing."""
-        ranks = np.arange(model.num_experts) // topology.slots_per_rank
+        """Experts in file order, one copy each, on the same ranks: what engines do when they are told nothing.
+
+        Each rank holds E/R consecutive experts; where they do not divide, the first ranks hold one more.  The map has
+        as many slots a rank as that takes, however many `topology` has.
+        """
+        num_experts, num_ranks = model.num_experts, topology.num_ranks
+        sizes = num_experts // num_ranks + (np.arange(num_ranks) < num_experts % num_ranks)
+        ranks = np.repeat(np.arange(num_ranks), sizes)
+        topology = replace(topology, slots_per_rank=-(-num_experts // num_ranks))
         return cls.from_ranks(model, topology, np.tile(ranks, (model.num_layers, 1)), {"name": "linear"})
 
     @cached_property

@@ -79,13 +79,13 @@ class Recommendation:
         tokens: the least number that is; None where even all that there were may be too few.
         all_tokens: what there was.
         figure: held-out busiest_ingress of all tokens.
-        still_falling: by how much of it the last doubling brought it down.
+        still_falling: by how much of it the last doubling brought it down; None where there was too little to halve.
     """
 
     tokens: int | None
     all_tokens: int
     figure: float
-    still_falling: float
+    still_falling: float | None
 
     @property
     def sentence(self) -> str:
@@ -95,6 +95,8 @@ class Recommendation:
                 f"{self.tokens:,} tokens a layer are enough: they and more reach {TOLERANCE:.0%} of the final held-out "
                 f"figure ({self.figure:.3f} with {self.all_tokens:,})."
             )
+        if self.still_falling is None:
+            return f"{self.all_tokens:,} tokens a layer are too few to plan from parts of them; record more text."
         return (
             f"{self.all_tokens:,} tokens a layer may not be enough: the last doubling still brought busiest_ingress "
             f"down by {self.still_falling:.1%}; record more text."
@@ -118,9 +120,10 @@ def recommend(curve: pd.DataFrame, tolerance: float = TOLERANCE) -> Recommendati
         if not fits:
             break
         enough = int(size)
-    falling = float(by_size.iloc[-2] / final - 1) if len(by_size) > 1 else 0.0
-    settled = len(by_size) > 1 and falling <= tolerance
-    return Recommendation(enough if settled else None, int(sizes[-1]), final, max(falling, 0.0))
+    if len(by_size) < 2:
+        return Recommendation(None, int(sizes[-1]), final, None)
+    falling = float(by_size.iloc[-2] / final - 1)
+    return Recommendation(enough if falling <= tolerance else None, int(sizes[-1]), final, max(falling, 0.0))
 
 
 def split_half(

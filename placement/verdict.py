@@ -13,6 +13,7 @@ import pandas as pd
 from placement.compare import DECISIVE, WORTH_IT_FROM
 from placement.insight import Insight
 from placement.timing import Workload, time_of
+from profiler.errors import CoterieError
 
 Tone = Literal["good", "unsure", "bad", "plain"]
 
@@ -147,8 +148,16 @@ def _layer_times(insight: Insight) -> dict[str, float]:
 
 
 def _workload(insight: Insight) -> Workload:
-    """What the plan was made for."""
-    return Workload(**insight.plan.solver.get("options", {}).get("workload", {"tokens_per_rank": 4096}))
+    """What the plan was made for.
+
+    Raises:
+        CoterieError: the map says it in a way that is none.
+    """
+    try:
+        said = (insight.plan.solver.get("options") or {}).get("workload", {})
+        return Workload(**{"tokens_per_rank": 4096, **said})
+    except (AttributeError, TypeError) as error:
+        raise CoterieError(f"the plan's solver.options.workload is none ({error}); plan again") from error
 
 
 def _less(gain: float) -> str:

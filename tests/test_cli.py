@@ -147,6 +147,25 @@ MISTAKES = {
         "cannot be written",
     ),
     "negative seed": (["plan", "{bad}/ok.profile", "--ranks", "2", "--seed", "-1", "-o", "{bad}/out"], "seed -1"),
+    "negative seed of a sample": (
+        ["profile", "--seed", "-1", "--max-traced-tokens", "10", "-o", "{bad}/out"],
+        "seed -1: must be between 0 and 2147483647",
+    ),
+    "seed that is too large": (
+        ["profile", "--seed", "99999999999999999999", "-o", "{bad}/out"],
+        "must be between 0 and 2147483647",
+    ),
+    "certificate with copies": (
+        [
+            *("plan", "{bad}/ok.profile", "--ranks", "2", "--redundant-experts", "2", "--certify", "1"),
+            *("-o", "{bad}/out"),
+        ],
+        "certificates are for plans with a slot for each expert",
+    ),
+    "nodes that the map has not": (
+        ["evaluate", "{bad}/own.json", "{bad}/ok.profile", "--nodes", "2"],
+        "is for 1; leave it out",
+    ),
     "no load cap": (
         ["plan", "{bad}/ok.profile", "--ranks", "2", "--load-cap", "nan", "-o", "{bad}/out"],
         "load cap nan",

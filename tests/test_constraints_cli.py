@@ -117,6 +117,11 @@ def test_mistakes_are_one_line(made, tmp_path, capsys, monkeypatch):
         (("constrain", run, "--method", "c2r"), "give --top-t from 7 to 63"),
         (("constrain", run, "--method", "c2r", "--top-t", "6"), "T 6: .* between 7 .K-1. and 63"),
         (("constrain", run, "--limit", "2"), "give --plan and --limit"),
+        (("constrain", run, "--plan", plan), "router: give --limit"),
+        (("constrain", run, "--method", "c2r", "--top-t", "20", "--limit", "1"), "--limit: --method c2r has no use"),
+        (("constrain", run, "--plan", plan, "--limit", "2", "--top-t", "9"), "--top-t: --method router has no use"),
+        (("codesign",), "give --top-t from 7 to 63"),
+        (("finetune", "--seed", "-1"), "seed -1: must be between 0 and 2147483647"),
         (("constrain", run, "--limit", "0", "--plan", plan), "N 0: a token needs at least 1 rank"),
         (("constrain", run, "--method", "similarity", "--limit", "2", "--plan", plan), "give --similarity"),
         (

@@ -43,6 +43,19 @@ def test_ids_alone_are_enough(arrays, tmp_path):
     assert not profile.tokens.phase.any()
 
 
+def test_all_ones_are_no_expert_or_asked_for(arrays, tmp_path):
+    for dtype in (np.uint8, np.uint16):
+        ids = arrays["topk_ids"].astype(dtype)
+        ids[3, 1, 2] = np.iinfo(dtype).max
+        np.save(tmp_path / "routing.npy", ids)
+        if dtype == np.uint8:
+            with pytest.raises(CoterieError, match="255, which is an expert or, all ones, none: .*--num-experts"):
+                read_arrays(tmp_path / "routing.npy")
+        profile = read_arrays(tmp_path / "routing.npy", Known(num_experts=16) if dtype == np.uint8 else Known())
+        assert profile.model.num_experts == 16
+        assert profile.tokens.picked.sum() == 50 * 3 * 4 - 1
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [

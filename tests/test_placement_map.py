@@ -36,6 +36,20 @@ def test_linear_is_file_order():
     assert (PlacementMap.linear(SPEC, TOPOLOGY).physical_to_logical_map == np.arange(8)).all()
 
 
+def test_linear_needs_no_experts_that_divide():
+    """60 on 8 ranks, whatever the topology has room for; more ranks than experts too."""
+    for num_experts, num_ranks, sizes in ((9, 4, [3, 2, 2, 2]), (60, 8, [8] * 4 + [7] * 4), (3, 4, [1, 1, 1, 0])):
+        linear = PlacementMap.linear(make_spec(2, num_experts, 2), Topology(1, num_ranks, num_experts))
+        assert linear.topology.slots_per_rank == max(sizes)
+        assert np.bincount(linear.rank_of_expert[1], minlength=num_ranks).tolist() == sizes
+        assert (np.diff(linear.rank_of_expert) >= 0).all()
+
+
+def test_a_rank_that_is_given_too_many_is_refused():
+    with pytest.raises(CoterieError, match="rank 0 is given 8 experts and has 2 slots"):
+        PlacementMap.from_ranks(SPEC, TOPOLOGY, np.zeros((2, 8), dtype=np.int64), {"name": "any"})
+
+
 def test_slots_may_stand_empty_and_experts_may_be_copied():
     topology = Topology(1, 4, 3)
     row = [0, 1, -1, 2, 3, -1, 4, 5, -1, 6, 7, -1]

@@ -7,7 +7,7 @@ import pandas as pd
 import pytest
 from conftest import make_spec, make_trace, random_ids
 
-from placement.bootstrap import FIGURES, bootstrap, fan_out_counts
+from placement.bootstrap import FIGURES, bootstrap, fan_out_counts, serving_ranks
 from placement.cost import evaluate
 from placement.placement_map import PlacementMap
 from placement.solvers import Options, plan
@@ -93,6 +93,23 @@ def test_few_layers_are_studied_at_equal_distances():
     assert layers == [0, 4, 8]
     assert part.model.layer_ids == (0, 4, 8)
     assert (part.tokens.topk_ids == trace.topk_ids[[0, 4, 8]]).all()
+
+
+def test_picks_of_no_expert_reach_no_rank():
+    ids = random_ids(0, 2, 400, 8, 2)
+    ids[:, ::2, 1] = 255
+    profile = Profile.from_tokens(make_spec(2, 8, 2), ["a", "b"], make_trace(ids), {})
+    linear = PlacementMap.linear(profile.model, Topology.for_experts(8, 4))
+    ranks = serving_ranks(linear, profile.tokens)
+    assert (ranks == np.where(ids == 255, -1, ids // np.uint8(2)).astype(np.int8)).all()
+    metrics = evaluate(linear, profile.tokens)
+    table = bootstrap({"linear": linear}, profile.tokens).set_index("figure")
+    for figure in FIGURES:
+        assert table.loc[figure]["value"] == pytest.approx(getattr(metrics, figure).mean())
+
+
+def test_too_little_to_halve_is_said():
+    assert "too few to plan from parts" in recommend(curve_of([0.9])).sentence
 
 
 @pytest.mark.parametrize("num_redundant", [0, 4])

@@ -6,6 +6,7 @@ Progress and notes go to stderr, a table to stdout.
 from __future__ import annotations
 
 import json
+import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -18,6 +19,8 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.status import Status
 
+from profiler.errors import CoterieError
+
 app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
@@ -26,6 +29,21 @@ app = typer.Typer(
 )
 notes = Console(stderr=True, markup=False)  # names out of files may look like markup
 tables = Console(markup=False)
+
+MOST_SEED = 2**31 - 1
+"""What every generator of random numbers takes."""
+
+
+def seed_option(text: str) -> Any:
+    """An option for a seed; any other number is refused in one line."""
+
+    def check(seed: int | None) -> int | None:
+        if seed is not None and not 0 <= seed <= MOST_SEED:
+            raise CoterieError(f"seed {seed}: must be between 0 and {MOST_SEED}")
+        return seed
+
+    return typer.Option(help=text, callback=check)
+
 
 Model = Annotated[str | None, typer.Argument(help="Model folder or hub id; the embedded model if left out.")]
 Data = Annotated[
@@ -86,5 +104,13 @@ def progress_bar(unit: str) -> Iterator[Callable[[int, int], None]]:
 
 
 def print_json(value: Any) -> None:
-    """For machines."""
-    print(json.dumps(value, indent=2))
+    """For machines; JSON has no number that is none or has no end, so these become null."""
+    print(json.dumps(_finite(value), indent=2, allow_nan=False))
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _finite(each) for key, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(each) for each in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.table import Column, Table
 
-from placement.cli.app import Data, Json, Model, Nodes, app, notes, print_json, progress_bar, tables
+from placement.cli.app import Data, Json, Model, Nodes, app, notes, print_json, progress_bar, seed_option, tables
 from profiler.errors import CoterieError
 from profiler.files import require_writable, require_writable_parent
 
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from placement.placement_map import PlacementMap
     from profiler.loading import LoadedModel
     from profiler.profile import Profile
+    from profiler.spec import MoESpec
 
 
 class Method(StrEnum):
@@ -96,15 +97,15 @@ def _make(
     from placement.constraints.pruning import limit_ranks
     from placement.constraints.similarity import SimilarityTable
 
+    _require_options(method, recorded.model, top_t, limit, nodes, similarity)
     if method is Method.C2R:
-        if top_t is None:
-            most = recorded.model.num_experts - 1
-            raise CoterieError(f"--method c2r: give --top-t from {recorded.model.top_k - 1} to {most}")
+        assert top_t is not None
         if placement is None:
             return collaborator_lists(recorded, top_t)
         return device_aware_lists(recorded, placement, top_t)
-    if placement is None or limit is None:
+    if placement is None:
         raise CoterieError(f"--method {method.value}: give --plan and --limit, the ranks that a token may visit")
+    assert limit is not None
     placement.require_model(recorded.model)
     alike = None
     if method is Method.SIMILARITY:
@@ -115,6 +116,29 @@ def _make(
             raise CoterieError(f"{similarity}: is of {table.model.describe()}, not of {recorded.model.describe()}")
         alike = table.similarity
     return limit_ranks(placement, limit, alike, level="node" if nodes else "rank")
+
+
+def _require_options(
+    method: Method, model: MoESpec, top_t: int | None, limit: int | None, nodes: bool, similarity: Path | None
+) -> None:
+    """Check that a method has the options that it needs, and no other's.
+
+    Raises:
+        CoterieError: one is missing, or would be ignored.
+    """
+    pruning = {"--limit": limit is not None, "--nodes": nodes}
+    others = {
+        Method.C2R: {**pruning, "--similarity": similarity is not None},
+        Method.ROUTER: {"--top-t": top_t is not None, "--similarity": similarity is not None},
+        Method.SIMILARITY: {"--top-t": top_t is not None},
+    }
+    for name, given in others[method].items():
+        if given:
+            raise CoterieError(f"{name}: --method {method.value} has no use for it; leave it out")
+    if method is Method.C2R and top_t is None:
+        raise CoterieError(f"--method c2r: give --top-t from {model.top_k - 1} to {model.num_experts - 1}")
+    if method is not Method.C2R and limit is None:
+        raise CoterieError(f"--method {method.value}: give --limit, the ranks or nodes that a token may visit")
 
 
 @app.command()
@@ -128,7 +152,7 @@ def codesign(
     data: Data = None,
     max_tokens: Annotated[int, typer.Option(help="Tokens to run in each round.")] = 32_768,
     rounds: Annotated[int, typer.Option(help="Stop after so many.")] = 5,
-    seed: Annotated[int, typer.Option(help="The same seed gives the same plans.")] = 0,
+    seed: Annotated[int, seed_option("The same seed gives the same plans.")] = 0,
     out: Annotated[Path, typer.Option("-o", "--out", help="Folder for the plan and the constraint.")] = Path(
         "codesign"
     ),
@@ -153,7 +177,9 @@ def codesign(
     if method is Method.SIMILARITY:
         raise CoterieError("--method similarity: co-design takes c2r or router; give one of them")
     loaded = load_model(model, device)
-    topology = Topology.for_experts(read_spec(loaded.model, loaded.name).num_experts, ranks, nodes)
+    spec = read_spec(loaded.model, loaded.name)
+    topology = Topology.for_experts(spec.num_experts, ranks, nodes)
+    _require_options(method, spec, top_t, limit, nodes=False, similarity=None)
     batches = loaded.batches(read_documents(data or [zoo.CALIBRATION]), 256, 8, max_tokens)
 
     def note(one: Round) -> None:
@@ -207,7 +233,7 @@ def finetune(
     ] = True,
     save_steps: Annotated[int, typer.Option(help="Steps between checkpoints; 0 for none.")] = 200,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint.")] = False,
-    seed: Annotated[int, typer.Option(help="The same seed gives the same weights.")] = 0,
+    seed: Annotated[int, seed_option("The same seed gives the same weights.")] = 0,
     held_out: HeldOut = None,
     held_out_tokens: HeldOutTokens = 16_384,
     device: Device = None,

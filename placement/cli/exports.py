@@ -10,7 +10,7 @@ import typer
 from rich.table import Table
 from typer.core import TyperGroup
 
-from placement.cli.app import Data, Json, app, notes, print_json, progress_bar, tables, waiting
+from placement.cli.app import Data, Json, app, notes, print_json, progress_bar, seed_option, tables, waiting
 from profiler.errors import CoterieError
 
 if TYPE_CHECKING:
@@ -141,7 +141,7 @@ def verify(
     ] = 1e-4,
     device: Annotated[str | None, typer.Option(help="Such as cpu or cuda:0; chosen if left out.")] = None,
     dtype: Annotated[str, typer.Option(help="float32 shows errors that coarser types hide in rounding.")] = "float32",
-    seed: Annotated[int, typer.Option(help="Of random tokens.")] = 0,
+    seed: Annotated[int, seed_option("Of random tokens.")] = 0,
     as_json: Json = False,
 ) -> None:
     """Prove that a permuted checkpoint computes what the original does: same logits, same experts by the plan.

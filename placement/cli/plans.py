@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.table import Column, Table
@@ -22,11 +22,15 @@ from placement.cli.app import (
     notes,
     print_json,
     progress_bar,
+    seed_option,
     tables,
 )
 from placement.cli.tables import METRICS, certificate_table, metrics_table, plan_table, regret_table
 from profiler.errors import CoterieError
 from profiler.files import require_writable
+
+if TYPE_CHECKING:
+    from profiler.spec import MoESpec
 
 
 class Goal(StrEnum):
@@ -86,14 +90,14 @@ def plan(
         int | None, typer.Option(help="Rounds of the search: more find more; 80, or fewer for large layers.")
     ] = None,
     time_budget: Annotated[float | None, typer.Option(help="Seconds after which the search takes what it has.")] = None,
-    seed: Annotated[int, typer.Option(help="The same seed gives the same plan.")] = 0,
+    seed: Annotated[int, seed_option("The same seed gives the same plan.")] = 0,
     as_json: Json = False,
 ) -> None:
     """Place the experts on ranks and compare strategies on sequences that they have not seen.
 
     Example: coterie plan run.profile --ranks 8 --links h100 -o plan.json
     """
-    from placement.compare import certify_plan, domain_regret, plan_and_compare, verdict
+    from placement.compare import certify_plan, domain_regret, plan_and_compare, require_provable, verdict
     from placement.solvers import ALWAYS_COMPARED, STRATEGIES, Options
     from placement.timing import Workload
     from placement.topology import Links, Topology
@@ -116,11 +120,10 @@ def plan(
     unseen = Profile.load_from(held_out) if held_out else None
     known_links = Links.preset(links) if links else None
     topology = Topology.for_experts(recorded.model.num_experts, ranks, nodes, redundant_experts, known_links)
-    if known_links and not (recorded.model.hidden_size and recorded.model.expert_size):
-        raise CoterieError(
-            f"--links {links}: the profile does not know the sizes of the model, which times need; import it with "
-            "--hidden-size and --expert-size"
-        )
+    if known_links:
+        _require_sizes(recorded.model, links)
+    if certify is not None:
+        require_provable(topology, recorded.model, options)
     compared = list(STRATEGIES if compare else ALWAYS_COMPARED)
     if compare:
         compared.remove("partitioning")  # few sizes allow it, and it takes minutes
@@ -155,7 +158,7 @@ def plan(
             total = recorded.model.num_layers * len(recorded.domains)
             done = iter(range(1, total + 1))
             regrets = domain_regret(recorded, placement, options, unseen, lambda: advance_to(next(done), total))
-    sentences = verdict(placement.metrics, strategy, options.workload.mode)
+    sentences = verdict(placement.metrics, strategy, options)
     if as_json:
         value = {"plan": str(out), "strategy": strategy, "metrics": placement.metrics, "verdict": sentences}
         print_json(value if regrets is None else {**value, "regret": regrets})
@@ -168,6 +171,14 @@ def plan(
     for sentence in sentences:
         notes.print(sentence, style="bold")
     notes.print(f"wrote {out}: the plan of “{strategy}” for {ranks} ranks")
+
+
+def _require_sizes(model: MoESpec, links: str | None) -> None:
+    if not (model.hidden_size and model.expert_size):
+        raise CoterieError(
+            f"--links {links}: the profile does not know the sizes of the model, which times need; import it with "
+            "--hidden-size and --expert-size"
+        )
 
 
 def _domain_weights(pairs: list[str]) -> dict[str, float]:
@@ -220,7 +231,7 @@ def evaluate(
     from placement.foreign import read_any_map
     from placement.placement_map import PlacementMap
     from placement.timing import Workload
-    from placement.topology import Links, Topology
+    from placement.topology import Links
     from profiler.profile import Profile
 
     backend = find_backend(engine) if engine else None
@@ -230,6 +241,8 @@ def evaluate(
         raise CoterieError(f"--engine {engine}: {backend.decides}; times are not modelled there, leave --links out")
     per_expert = dispatch is Dispatch.PER_EXPERT or (backend is not None and backend.sends == "per-expert")
     recorded = Profile.load_from(run)
+    if links:
+        _require_sizes(recorded.model, links)
     placement = read_any_map(map_file, recorded.model, ranks, nodes)
     placement.require_model(recorded.model)
     model = replace(recorded.model, num_groups=placement.model.num_groups)
@@ -238,9 +251,7 @@ def evaluate(
         topology = replace(topology, links=None)  # a plan may have them; the time would be that of another exchange
     placement = replace(placement, model=model, topology=topology)
     workload = Workload(tokens_per_rank, "per-expert" if per_expert else "per-rank")
-    linear = PlacementMap.linear(
-        model, Topology.for_experts(model.num_experts, topology.num_ranks, topology.num_nodes, links=topology.links)
-    )
+    linear = PlacementMap.linear(model, topology)
     tokens = recorded.require_tokens()
     figures = {
         "linear": measure(linear, tokens, workload),

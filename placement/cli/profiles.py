@@ -13,7 +13,7 @@ import typer
 from rich.table import Column, Table
 from typer.core import TyperGroup
 
-from placement.cli.app import Data, Json, Model, app, notes, print_json, progress_bar, tables, waiting
+from placement.cli.app import Data, Json, Model, app, notes, print_json, progress_bar, seed_option, tables, waiting
 from placement.cli.tables import profile_table
 from profiler.errors import CoterieError
 from profiler.files import require_writable
@@ -54,7 +54,7 @@ def profile(
         Path | None, typer.Option(help="Write there how similar experts' router logits are, for `coterie constrain`.")
     ] = None,
     seed: Annotated[
-        int | None, typer.Option(help="Take the texts in random order; of the sample and of decoding too.")
+        int | None, seed_option("Take the texts in random order; of the sample and of decoding too.")
     ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with a recording that was stopped.")] = False,
     device: Annotated[str | None, typer.Option(help="Such as cpu or cuda:0; chosen if left out.")] = None,

@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from placement.cli.app import Data, Json, Ranks, app, notes, print_json, tables
+from placement.cli.app import Data, Json, Ranks, app, notes, print_json, seed_option, tables
 from placement.cli.insights import report
 from placement.cli.plans import plan
 from placement.cli.profiles import profile
@@ -71,7 +71,7 @@ def bench(
     layers: Annotated[
         int | None, typer.Option(help="MoE layers to replay, at equal distances; all if left out.")
     ] = None,
-    seed: Annotated[int, typer.Option(help="Of a replay's choice of sequences and random values.")] = 0,
+    seed: Annotated[int, seed_option("Of a replay's choice of sequences and random values.")] = 0,
     out: Annotated[Path | None, typer.Option("-o", "--out", help="JSON file to write.")] = None,
     figure: Annotated[Path | None, typer.Option(help="PNG file to draw into.")] = None,
     as_json: Json = False,

@@ -15,7 +15,7 @@ def export(placement: PlacementMap, path: Path, served: ServedModel) -> Export:
     """The map in coterie's own format, which the plugin reads.
 
     Raises:
-        CoterieError: a slot is empty, or there is one rank, which vLLM does not balance.
+        CoterieError: a slot is empty.
     """
     full_rows(placement, "vLLM")
     topology = placement.topology

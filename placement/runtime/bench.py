@@ -178,9 +178,8 @@ def _task(
     prepared = {name: _prepared(placement, settings, replay is not None) for name, placement in maps.items()}
     some = next(iter(prepared.values()))
     spec, topology = some.model, some.topology
-    of_experts = Topology.for_experts(spec.num_experts, topology.num_ranks, topology.num_nodes)
-    linear = PlacementMap.linear(spec, of_experts)
-    divides = of_experts.num_slots == spec.num_experts  # transformers owns as many experts on each rank
+    linear = PlacementMap.linear(spec, topology)
+    divides = linear.topology.num_slots == spec.num_experts  # transformers owns as many experts on each rank
     peer = [Case(PEER, "flat", "linear")] if divides else []
     counts = settings.sequences_per_rank
     return Task(

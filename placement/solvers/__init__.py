@@ -267,8 +267,11 @@ def _require_feasible(problem: LayerProblem, layer_id: int) -> None:
         CoterieError: they do not; the message says how many redundant experts would help.
     """
     load = problem.expert_load
+    if not load.any():
+        return
     mean = load.sum() / problem.num_ranks
-    company = -(-problem.num_experts // problem.num_ranks) - 1
+    # Slots may stay empty: so many share its rank where all others are full.
+    company = max(problem.num_experts - problem.slots_per_rank * (problem.num_ranks - 1) - 1, 0)
     coldest = np.sort(load)[:company].sum()
     hottest = int(load.argmax())
     room = problem.load_cap * mean - coldest

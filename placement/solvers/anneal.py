@@ -50,6 +50,8 @@ CHUNK = 500
 def search_copies(problem: LayerProblem, slots: Slots, rng: np.random.Generator, effort: Effort) -> Slots:
     """Fill the free slots of a plan without copies, then change slots while tokens choose anew."""
     slots = with_copies(slots, problem)
+    if not any(weights_of(problem)._replace(collaboration=0.0)):
+        return slots  # which pairs meet on a rank is not judged token by token
     topology = problem.topology
     shape = (topology.num_nodes, topology.ranks_per_node, topology.slots_per_rank)
     tokens, weights = prepare(_mixed(problem.drawn(MAX_SETS, rng), rng)), weights_of(problem)

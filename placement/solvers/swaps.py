@@ -32,6 +32,10 @@ Of load they take twice these: loads lie so close together that lower powers see
 
 SWAPS_PER_KICK = 3
 
+MUCH = 0.5
+"""Share of a sum of powers that a swap takes away, from which on what it leaves is added up anew: the difference of two
+large sums may keep no digit of a small one, and a descent that believes it would go round in circles."""
+
 
 @dataclass(frozen=True)
 class Effort:
@@ -196,6 +200,16 @@ def root_at_least(change: float, doublings: int) -> float:
     slope = 1.0 / (1 << doublings)
     bend = slope * (1.0 - slope) / 2
     return 1.0 + change * slope - (1.0 if change > 0 else 2.3) * bend * change * change
+
+
+@numba.njit(cache=True, nogil=True)
+def _powers_but(values: Floats, fold: int, first: int, second: int, doublings: int) -> float:
+    """The sum of the powers of a fold's places but two."""
+    total = 0.0
+    for place in range(len(values)):
+        if place != first and place != second:
+            total += power(values[place, fold], doublings)
+    return total
 
 
 @numba.njit(cache=True, nogil=True)
@@ -393,6 +407,9 @@ def descend(
                     change = power(new_r, doublings) + power(new_s, doublings)
                     change -= power(old_r, doublings) + power(old_s, doublings)
                     new_reach[fold] = reach_powers[fold] + change
+                    if change < -MUCH * reach_powers[fold]:
+                        new_reach[fold] = power(new_r, doublings) + power(new_s, doublings)
+                        new_reach[fold] += _powers_but(ranks.reached, fold, r, s, doublings)
                     at_least += counted * reach_norm[fold] * root_at_least(change / reach_powers[fold], doublings)
                 if weights.fan_out > 0:
                     new_fan_out[fold] = fan_out[fold] + new_r + new_s - old_r - old_s
@@ -403,9 +420,12 @@ def descend(
                     change = power(old_r + gained, of_load) + power(old_s - gained, of_load)
                     change -= power(old_r, of_load) + power(old_s, of_load)
                     new_load[fold] = load_powers[fold] + change
+                    if change < -MUCH * load_powers[fold]:
+                        new_load[fold] = power(old_r + gained, of_load) + power(old_s - gained, of_load)
+                        new_load[fold] += _powers_but(fold_load, fold, r, s, of_load)
                     at_least += counted * load_norm[fold] * root_at_least(change / load_powers[fold], of_load)
                 if by_node:
-                    change = 0.0
+                    change, new_u, new_v = 0.0, 0.0, 0.0
                     if u != v:
                         if fold < num_folds:
                             new_u = _after(nodes, picked, a, b, u, fold)
@@ -419,6 +439,9 @@ def descend(
                         change = power(new_u, doublings) + power(new_v, doublings)
                         change -= power(nodes.reached[u, fold], doublings) + power(nodes.reached[v, fold], doublings)
                     new_node[fold] = node_powers[fold] + change
+                    if change < -MUCH * node_powers[fold]:
+                        new_node[fold] = power(new_u, doublings) + power(new_v, doublings)
+                        new_node[fold] += _powers_but(nodes.reached, fold, u, v, doublings)
                     at_least += counted * node_norm[fold] * root_at_least(change / node_powers[fold], doublings)
             if not worst_fold and at_least - weights.collaboration * gain >= best:
                 continue

@@ -64,6 +64,21 @@ def _load(path: Path) -> dict[str, npt.NDArray[Any]]:
         raise CoterieError(f"{path}: not readable as .npz or .npy, or truncated ({first_line(error)})") from error
 
 
+def _experts_seen(ids_TLK: npt.NDArray[Any]) -> int:
+    """One more than the highest expert that is picked."""
+    all_ones = int(np.iinfo(ids_TLK.dtype).max)
+    highest = int(ids_TLK.max())
+    if highest < all_ones or ids_TLK.dtype.kind != "u":
+        return highest + 1
+    if all_ones < MAX_EXPERTS:
+        raise CoterieError(
+            f"topk_ids holds {all_ones}, which is an expert or, all ones, none: say num_experts in the file or with "
+            "--num-experts"
+        )
+    picked = ids_TLK[ids_TLK != all_ones]
+    return int(picked.max()) + 1 if len(picked) else 1
+
+
 def _to_profile(arrays: Mapping[str, npt.NDArray[Any]], known: Known, decode: bool, path: Path) -> Profile:
     if "topk_ids" not in arrays:
         raise CoterieError(f"holds {', '.join(arrays) or 'no array that is known'}, but no topk_ids; add it")
@@ -73,9 +88,8 @@ def _to_profile(arrays: Mapping[str, npt.NDArray[Any]], known: Known, decode: bo
             f"topk_ids is {ids_TLK.dtype} {ids_TLK.shape}: must be whole numbers (tokens, layers, top-k)"
         )
     num_tokens, num_layers, top_k = ids_TLK.shape
-    highest = int(ids_TLK.max())
     said = int(_whole(arrays, "num_experts", ())) if "num_experts" in arrays else known.num_experts
-    num_experts = highest + 1 if said is None else said
+    num_experts = _experts_seen(ids_TLK) if said is None else said
     if not 1 <= num_experts <= MAX_EXPERTS:
         raise CoterieError(f"num_experts {num_experts}: must be between 1 and {MAX_EXPERTS}")
     layer_ids = list(known.layer_ids or range(num_layers))
