@@ -25,6 +25,7 @@ def circumstances() -> dict[str, Any]:
         "--",
         ".",
         ":!benchmarks/results",
+        ":!docs/images",
         ":!benchmarks/runtime/*.md",
         ":!benchmarks/runtime/*.json",
     )

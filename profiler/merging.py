@@ -27,8 +27,8 @@ def merge(
         on_shard: called as each shard is done.
 
     Raises:
-        CoterieError: the profiles are of different models, some have token sets and some do not, they have more than
-            255 domains together, or the result cannot be written.
+        CoterieError: the profiles are of different models, some have token sets or co-activation and some do not, they
+            have more than 255 domains together, or the result cannot be written.
     """
     parts = [open_profile(folder) for folder in folders]
     if not parts:
@@ -45,13 +45,20 @@ def merge(
         raise CoterieError(
             f"cannot merge {counted_only[0].folder}, which holds counts only, with profiles that hold token sets"
         )
+    blind = [part for part in parts if "cannot_tell" in part.provenance]
+    if blind and len(blind) < len(parts):
+        raise CoterieError(
+            f"cannot merge {blind[0].folder} with profiles that hold more: it says nothing about "
+            f"{', '.join(blind[0].provenance['cannot_tell'])}"
+        )
     domains = tuple(dict.fromkeys(domain for part in parts for domain in part.domains))
     if len(domains) > MAX_DOMAINS:
         raise CoterieError(f"{len(domains)} domains together, at most {MAX_DOMAINS} can be told apart; merge fewer")
     writer = ProfileWriter(out, first.model, domains, max_traced_tokens=0 if counted_only else None)
     try:
         _copy(parts, domains, writer, seed, on_shard)
-        return writer.finish({"merged": [dict(part.provenance) for part in parts]})
+        kept = {key: blind[0].provenance[key] for key in ("cannot_tell", "to_get_tokens")} if blind else {}
+        return writer.finish({**kept, "merged": [dict(part.provenance) for part in parts]})
     except BaseException:
         discard_unfinished(out)
         raise

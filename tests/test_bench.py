@@ -5,14 +5,15 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from conftest import make_spec, make_trace, random_ids
+import torch
+from conftest import make_spec, make_trace, random_ids, tiny_model
 
 from placement.cost import evaluate
 from placement.placement_map import PlacementMap
 from placement.runtime import bench as bench_module
 from placement.runtime.bench import Settings, bench
 from placement.runtime.results import BenchResult
-from placement.runtime.workloads import cut_replay, replayed_layers
+from placement.runtime.workloads import TextWorkload, cut_replay, replayed_layers
 from placement.topology import Topology
 from profiler import CoterieError, Profile
 
@@ -30,6 +31,27 @@ def recorded(tmp_path_factory):
 def reversed_map(num_ranks=2, num_nodes=1):
     slots = np.tile(np.arange(8)[::-1], (3, 1))
     return PlacementMap(SPEC, Topology(num_nodes, num_ranks // num_nodes, 8 // num_ranks), slots, {"name": "reversed"})
+
+
+def test_one_decoded_token_is_decoded():
+    model = tiny_model("olmoe")
+    ids = torch.arange(12).reshape(2, 6)
+    workload = TextWorkload(model, ids, decoded=1)
+    workload.reset()
+    with torch.no_grad():
+        last, whole = workload.forward(), TextWorkload(model, ids).forward()
+    assert last.shape == (2, 1, whole.shape[2])
+    assert torch.allclose(last[:, 0], whole[:, -1], atol=1e-5)
+
+
+def test_each_decoding_step_chooses_its_copies_anew(recorded):
+    """What is evaluated is what was run, among copies too."""
+    slots = np.tile([0, 1, 2, 3, 4, 5, 2, 3, 4, 5, 6, 7], (3, 1))
+    copied = PlacementMap(SPEC, Topology(1, 2, 6), slots, {"name": "copied"})
+    settings = replace(SMALL, kind="decode", steps=5, sequences_per_rank=(7,))
+    for row in bench({"copied": copied}, replay=recorded, settings=settings).runs[0].rows:
+        if row.implementation == "coterie":
+            assert row.rows_per_token == pytest.approx(row.fan_out, abs=1e-12)
 
 
 def test_rows_are_exact_and_bytes_are_those_of_the_tokens(recorded, tmp_path):

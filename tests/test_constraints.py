@@ -161,6 +161,14 @@ def test_lists_rank_collaborators(profile):
     assert (short == lists[:, :, :5]).all()
 
 
+def test_lists_are_not_made_of_counts_without_pairs(profile):
+    counts = replace(profile.counts, coactivation=np.zeros_like(profile.counts.coactivation))
+    blind = replace(profile, counts=counts, provenance={"to_get_tokens": "start the engine with --all"})
+    for made in (collaborator_lists, lambda *given: device_aware_lists(given[0], random_map(blind.model, 4), given[1])):
+        with pytest.raises(CoterieError, match="holds no co-activation.*start the engine with --all"):
+            made(blind, 5)
+
+
 def test_device_aware_lists_fill_rank_by_rank(profile):
     placement = random_map(profile.model, ranks=4)
     aware = device_aware_lists(profile, placement, 7)  # an expert and 7 others: two ranks of 4 slots

@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import re
+import shutil
 import sys
 from itertools import pairwise
 
@@ -139,6 +140,27 @@ def test_mistakes_are_one_line(made, tmp_path, capsys, monkeypatch):
         assert code == 1, arguments
         assert error.count("\n") == 1, error
         assert re.search(message, error), error
+
+
+def test_models_of_one_last_name_are_told_apart(tmp_path, capsys, monkeypatch):
+    for name in ("seed0", "seed1"):
+        shutil.copytree(zoo.MODEL, tmp_path / name / "tuned")
+    models = [tmp_path / name / "tuned" for name in ("seed0", "seed1")]
+    code, shown, _ = coterie(capsys, monkeypatch, "quality", *models, "--max-tokens", "256", "--json")
+    assert code == 0
+    assert list(json.loads(shown)) == ["tuned", str(models[1])]
+
+
+def test_a_folder_that_is_in_the_way_is_refused_before_training(made, tmp_path, capsys, monkeypatch):
+    (tmp_path / "notes").mkdir()
+    limit = ("--method", "router", "--limit", "2", "--plan", made / "plan.json", "-o", tmp_path / "two.safetensors")
+    assert coterie(capsys, monkeypatch, "constrain", made / "run.profile", *limit)[0] == 0
+    code, _, error = coterie(
+        capsys, monkeypatch, "finetune", "--constraint", tmp_path / "two.safetensors", "-o", tmp_path / "notes"
+    )
+    assert code == 1
+    assert "exists and is no fine-tuned model" in error
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["notes", "two.safetensors"]
 
 
 def test_codesign_lowers_fan_out_until_it_does_not(capsys):

@@ -77,6 +77,18 @@ def test_counts_only_profiles_merge_with_their_like(tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["1", "2", "3", "merged"]
 
 
+def test_what_loads_alone_cannot_tell_stays_known(tmp_path):
+    spec, seen = make_spec(1, 8, 2), {"cannot_tell": ["co-activation"], "to_get_tokens": "record with --all"}
+    for name, provenance in (("1", seen), ("2", seen), ("3", {})):
+        writer = ProfileWriter(tmp_path / name, spec, DOMAINS, max_traced_tokens=0)
+        writer.add(make_trace(random_ids(0, 1, 40, 8, 2)))
+        writer.finish(provenance)
+    provenance = merge([tmp_path / "1", tmp_path / "2"], tmp_path / "merged").provenance
+    assert {key: provenance[key] for key in seen} == seen
+    with pytest.raises(CoterieError, match="cannot merge .*1 with profiles that hold more: .* about co-activation"):
+        merge([tmp_path / "1", tmp_path / "3"], tmp_path / "mixed")
+
+
 def test_different_models_and_too_many_domains_are_refused(tmp_path):
     trace = make_trace(random_ids(0, 1, 40, 8, 2))
     Profile.from_tokens(make_spec(1, 8, 2), DOMAINS, trace, {}).save(tmp_path / "1")

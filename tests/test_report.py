@@ -23,6 +23,7 @@ from placement.report.bench_picture import draw_bench
 from placement.report.payload import packed_triangles, payload
 from placement.runtime.results import BenchResult, BenchRow, BenchRun, Spread
 from placement.solvers import Options, plan
+from placement.timing import Workload
 from placement.topology import Links, Topology
 from placement.verdict import answers
 from profiler import CoterieError, Profile
@@ -188,6 +189,27 @@ def test_the_verdict_is_about_unseen_traffic():
     assert answers(insight_of(profile, everything))["worth"].headline.startswith("Not known")
     first, second = profile.split_by_sequence()
     assert not insight_of(first, plan(first, TOPOLOGY), held_out=second).seen
+
+
+def test_uneven_ranks_are_drawn_as_file_order_places_them():
+    ids = random_ids(0, 2, 600, 10, 2)
+    ids[1] = 255  # a layer without a pick
+    uneven = Profile.from_tokens(make_spec(2, 10, 2), ["a", "b"], make_trace(ids, num_sequences=12), {})
+    data = payload(insight_of(uneven, plan_and_compare(uneven, Topology.for_experts(10, 4))))
+    assert data["linear"] == [0, 1, 2, 3, 4, 5, 6, 7, -1, 8, 9, -1]
+    assert data["maps"]["linear"]["load"][1] == [0.0] * 4
+    json.dumps(data, allow_nan=False)
+
+
+def test_once_per_expert_only_balance_is_worth_something(profile):
+    placement = plan_and_compare(profile, TOPOLOGY, options=Options(workload=Workload(4096, "per-expert")))
+    worth = answers(insight_of(profile, placement))["worth"]
+    assert worth.headline == "Not worth it"  # balancing the load alone does the same
+    assert "where only balance counts" in worth.sentences[-1]
+    odd = replace(placement, solver={**placement.solver, "options": {"workload": {"tokens": 1}}})
+    with pytest.raises(CoterieError, match=r"solver.options.workload is none"):
+        answers(insight_of(profile, odd))
+    answers(insight_of(profile, replace(placement, solver={"name": "search", "options": None})))
 
 
 def test_shuffled_routing_is_not_worth_a_plan(profile):

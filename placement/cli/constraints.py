@@ -173,7 +173,7 @@ def codesign(
     from profiler.families import read_spec
     from profiler.loading import load_model
 
-    require_writable_parent(out)
+    require_writable_parent(out / FILE_NAME)
     if method is Method.SIMILARITY:
         raise CoterieError("--method similarity: co-design takes c2r or router; give one of them")
     loaded = load_model(model, device)
@@ -246,7 +246,7 @@ def finetune(
     """
     from placement.constraints.config import load
     from placement.constraints.examples import instruction_examples, text_examples
-    from placement.constraints.finetune import Training, checkpoint_folder
+    from placement.constraints.finetune import Training, checkpoint_folder, require_own_folder
     from placement.constraints.finetune import finetune as run_finetune
     from profiler import zoo
     from profiler.documents import read_documents
@@ -255,7 +255,6 @@ def finetune(
     def begun(folder: Path) -> bool:
         return folder.exists() or checkpoint_folder(folder).exists()
 
-    require_writable_parent(out)
     limited = load(constraint) if constraint else None
     training = Training(steps, batch_size, micro_batch_size, learning_rate, warmup_steps, what.value, seed, save_steps)
     if data and instructions:
@@ -268,6 +267,8 @@ def finetune(
         runs[f"fine-tuned, {limited.name}"] = (limited, out)
     else:
         runs["plainly fine-tuned"] = (None, out)
+    for _, folder in runs.values():
+        require_own_folder(folder)
     any_begun = any(begun(folder) for _, folder in runs.values())  # if none is, going on is refused
     loaded = load_model(model, device, dtype=dtype)
     measured = {"as it was": _measure(loaded, None, unseen, held_out_tokens)}
@@ -325,15 +326,18 @@ def quality(
     unseen = read_documents(data or [zoo.HELD_OUT])
     given = load(constraint) if constraint else None
     measured: dict[str, dict[str, float]] = {}
+    labels: set[str] = set()
     for model in [*models] if models else [None]:
         loaded = load_model(model, device)
         own = load(Path(model)) if model and (Path(model) / FILE_NAME).is_file() else None
         cases = [own] if own is not None else [None, *([given] if given is not None else [])]
         for case in cases:
-            name = loaded.name if case is None else f"{loaded.name}, {case.name}"
+            shown = loaded.name if loaded.name not in labels else str(model)  # folders may have the same last name
+            name = shown if case is None else f"{shown}, {case.name}"
             measured[name] = _measure(loaded, case, unseen, max_tokens)
             if task:
                 measured[name] |= run_tasks(loaded, case, task, folder=task_folder, limit=task_limit)
+        labels.add(loaded.name)
     _show(measured, as_json)
 
 

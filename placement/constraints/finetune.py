@@ -160,6 +160,17 @@ def _losses(state: Any) -> list[float]:
     return [entry["loss"] for entry in state.log_history if "loss" in entry]
 
 
+def require_own_folder(out: Path) -> None:
+    """Check before long work that a fine-tuned model can be written there.
+
+    Raises:
+        CoterieError: it cannot be, or something else is there.
+    """
+    require_writable_parent(out)
+    if out.exists() and not (out / RUN_FILE).is_file():
+        raise CoterieError(f"{out}: exists and is no fine-tuned model; give another name to -o")
+
+
 def finetune(
     loaded: LoadedModel,
     examples: Examples,
@@ -179,9 +190,7 @@ def finetune(
         CoterieError: as `train`; `out` cannot be written or is not a fine-tuned model; or there are checkpoints of a
             run with other settings or examples.
     """
-    require_writable_parent(out)
-    if out.exists() and not (out / RUN_FILE).is_file():
-        raise CoterieError(f"{out}: exists and is no fine-tuned model; give another name to -o")
+    require_own_folder(out)
     work = checkpoint_folder(out)
     run = {
         "model": loaded.name,

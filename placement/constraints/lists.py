@@ -79,14 +79,23 @@ def _require_size(size: int, model: MoESpec) -> None:
         )
 
 
+def _coactivation(profile: Profile) -> Int64s:
+    """Over all domains, int64 (L, E, E)."""
+    together: Int64s = profile.counts.coactivation.sum(axis=0)
+    if profile.model.top_k > 1 and not together.any():
+        remedy = profile.provenance.get("to_get_tokens", "record token sets")
+        raise CoterieError(f"the profile holds no co-activation, which lists of collaborators are made of: {remedy}")
+    return together
+
+
 def collaborator_lists(profile: Profile, size: int) -> CollaboratorLists:
     """The `size` experts that fired most often together with each one, over all domains; ties go to the lower number.
 
     Raises:
-        CoterieError: `size` is below K-1 or above E-1.
+        CoterieError: `size` is below K-1 or above E-1, or the profile holds no co-activation.
     """
     _require_size(size, profile.model)
-    together = profile.counts.coactivation.sum(axis=0)
+    together = _coactivation(profile)
     together[:, np.arange(together.shape[1]), np.arange(together.shape[1])] = -1  # itself comes last
     lists = np.argsort(-together, axis=2, kind="stable")[:, :, :size]
     return CollaboratorLists(profile.model, lists, {"profile": profile.digest, "device_aware": False})
@@ -99,11 +108,12 @@ def device_aware_lists(profile: Profile, placement: PlacementMap, size: int) -> 
     a rank.  So a list of T reaches as few ranks as T experts can be on, and a token's first expert decides which.
 
     Raises:
-        CoterieError: `size` is below K-1 or above E-1, or the map is for another model.
+        CoterieError: `size` is below K-1 or above E-1, the map is for another model, or the profile holds no
+            co-activation.
     """
     _require_size(size, profile.model)
     placement.require_model(profile.model)
-    together_LEE = profile.counts.coactivation.sum(axis=0)
+    together_LEE = _coactivation(profile)
     lists = np.stack(
         [
             _fill_rank_by_rank(together_EE, slots_P, placement)[:, :size]

@@ -10,7 +10,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from placement.runtime.results import BenchResult, BenchRun
+from placement.runtime.results import PEER, BenchResult, BenchRun
 from profiler.plots import PALETTE, predicted_against_measured, series_style
 
 DOTS_PER_INCH = 110
@@ -27,7 +27,7 @@ def draw_bench(result: BenchResult) -> bytes:
         axes = figure.add_subplot(grid[at, 1])
         top = 0.0
         for place, row in enumerate(run.rows):
-            if row.implementation != run.rows[0].implementation or len(run.rows) == 1:
+            if row.implementation != PEER or len(run.rows) == 1:
                 top = max(top, row.exchange.median)
                 label = f"{row.implementation}, {row.map}"
                 axes.scatter(row.fan_out, row.exchange.median, label=label, **series_style(place))

@@ -312,7 +312,7 @@ function drawLayer() {
   document.querySelectorAll(".layer-name").forEach(node => { node.textContent = data.layers[state.layer]; });
   byId("layer-name").value = data.layers[state.layer];
   drawStrip(); drawLoads(); drawExperts();
-  drawPairs(byId("before"), [...Array(E).keys()], data.linearSlots);
+  drawPairs(byId("before"), data.linear, data.linearSlots);
   drawPairs(byId("after"), data.slots[state.layer], data.slotsPerRank);
   drawGraph(); drawFlows();
   const names = Object.keys(data.maps), ranks = [...Array(R).keys()], of = key => Object.fromEntries(names.map(name => [name, data.maps[name][key][state.layer]]));

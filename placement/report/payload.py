@@ -47,6 +47,7 @@ def payload(insight: Insight) -> dict[str, Any]:
             first_rank(slots_P, model.num_experts, insight.plan.topology.slots_per_rank)
             for slots_P in insight.plan.physical_to_logical_map
         ],
+        "linear": insight.maps["linear"].physical_to_logical_map[0].tolist(),
         "linearSlots": insight.maps["linear"].topology.slots_per_rank,
         "collaborators": _rounded(experts["collaborators"], shape, 1),
         "topShare": _rounded(experts["top_share"], shape, 3),
@@ -58,7 +59,7 @@ def payload(insight: Insight) -> dict[str, Any]:
         "maps": {
             name: {
                 "ingress": np.round(metrics.ingress, 4).tolist(),
-                "load": np.round(metrics.load_share * metrics.load.shape[1], 4).tolist(),
+                "load": np.nan_to_num(np.round(metrics.load_share * metrics.load.shape[1], 4)).tolist(),
                 "fanOut": np.round(metrics.fan_out, 4).tolist(),
                 "fanCounts": fan_out_counts(insight.maps[name], insight.measured.require_tokens()).tolist(),
             }

@@ -16,9 +16,9 @@ from typing import Any, Literal
 from placement.placement_map import PlacementMap
 from placement.runtime.launch import run_as_rank, run_on_ranks, started_by_torchrun
 from placement.runtime.network import hosts
-from placement.runtime.results import BenchResult, BenchRun
+from placement.runtime.results import PEER, BenchResult, BenchRun
 from placement.runtime.summary import joined
-from placement.runtime.trials import MODES, PEER, Case, Task, run_task
+from placement.runtime.trials import MODES, Case, Task, run_task
 from placement.runtime.workloads import cut_replay, replayed_layers
 from placement.topology import Topology
 from profiler.documents import Document
@@ -186,6 +186,7 @@ def _task(
         cases=[*peer, *(Case("coterie", mode, name) for mode in settings.modes for name in ("linear", *prepared))],
         maps={"linear": linear, **prepared},
         training=settings.kind == "training",
+        decoding=settings.kind == "decode",
         steps=settings.steps_of_a_pass,
         repeats=settings.repeats,
         model=model,

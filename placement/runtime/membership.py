@@ -36,6 +36,11 @@ _LOST = ("Connection closed", "Connection reset", "Broken pipe", "Timed out", "t
 """Words in the errors of collectives that another rank's end breaks."""
 
 
+def _of_this_attempt(name: str) -> str:
+    """A name in the store, which torchrun keeps, with what is in it, when it starts all ranks again."""
+    return f"{name} {os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"
+
+
 class RankLostError(CoterieError):
     """A rank that did not come, failed or went; the message names it."""
 
@@ -45,13 +50,13 @@ class Membership:
 
     def __init__(self, store: Store, rank: int, num_ranks: int, on_loss: Callable[[str], None]) -> None:
         """Take part; `on_loss` is called on a thread with one line when another rank is lost."""
-        self.store, self.rank, self.num_ranks = PrefixStore("coterie", store), rank, num_ranks
+        self.store, self.rank, self.num_ranks = PrefixStore(_of_this_attempt("coterie"), store), rank, num_ranks
         self._on_loss = on_loss
         self._own = threading.Lock()  # held by whoever reports
         self._stopped = threading.Event()
         self._parent = os.getppid()
         of_its_own: Any = store  # a store serves one thread at a time; its stub knows no clone
-        watched = PrefixStore("coterie", of_its_own.clone())
+        watched = PrefixStore(_of_this_attempt("coterie"), of_its_own.clone())
         self._looks = 0
         self._threads = [
             threading.Thread(target=self._watch, args=(watched,), daemon=True),
@@ -214,7 +219,11 @@ def member_of(
         try:
             seconds = timedelta(seconds=JOIN_SECONDS)
             dist.init_process_group(
-                backend, store=PrefixStore("group", store), rank=rank, world_size=num_ranks, timeout=seconds
+                backend,
+                store=PrefixStore(_of_this_attempt("group"), store),
+                rank=rank,
+                world_size=num_ranks,
+                timeout=seconds,
             )
         except (RuntimeError, ValueError) as error:
             raise RankLostError(

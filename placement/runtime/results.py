@@ -14,6 +14,9 @@ from profiler.files import read_json, write_json
 
 SCHEMA_VERSION = 2
 
+PEER = "HF all_to_all"
+"""transformers' own expert parallelism, as rows name it."""
+
 
 @dataclass(frozen=True)
 class Spread:
@@ -140,8 +143,9 @@ class BenchResult:
 
     @property
     def max_difference(self) -> float:
-        """Of all rows that do not round on the way."""
-        return max(row.max_difference for run in self.runs for row in run.rows if "bf16" not in row.implementation)
+        """Of all rows that do not round on the way; where all do, of these."""
+        rows = [row for run in self.runs for row in run.rows]
+        return max(row.max_difference for row in [row for row in rows if "bf16" not in row.implementation] or rows)
 
     def on(self, num_ranks: int) -> tuple[BenchRun, ...]:
         """The runs on so many ranks."""

@@ -14,8 +14,8 @@ from scipy.stats import spearmanr
 from placement.cost import Metrics, evaluate
 from placement.placement_map import PlacementMap
 from placement.runtime.meter import PHASES
-from placement.runtime.results import BenchRow, BenchRun, Spread
-from placement.runtime.trials import MODES, PEER, Case, Task
+from placement.runtime.results import PEER, BenchRow, BenchRun, Spread
+from placement.runtime.trials import MODES, Case, Task
 from placement.timing import Workload, predicted_time
 from placement.topology import Links
 from profiler.spec import MoESpec
@@ -39,7 +39,9 @@ def joined(task: Task, ranks: Sequence[Rank], batch: int, tokens_per_rank: int) 
     links = Links(**ranks[0]["links"])
     some = next(iter(task.maps.values()))
     tokens = _tokens(of_ranks, some.model)
-    source = np.repeat(np.arange(len(ranks)), tokens.num_tokens // len(ranks))
+    # Each step of each rank is a call of its own, whose copies are chosen anew; batch b is one of rank b % R.
+    batch = np.arange(task.steps) * len(ranks) + np.arange(len(ranks))[:, None]
+    source = np.repeat(batch.ravel(), tokens.num_tokens // batch.size)
     metrics = {name: evaluate(placement, tokens, "token", source) for name, placement in task.maps.items()}
     times = [_times([rank["cases"][at] for rank in of_ranks], task.steps) for at in range(len(task.cases))]
     hosts = [rank["host"] for rank in ranks]

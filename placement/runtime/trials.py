@@ -35,8 +35,6 @@ MODES = {
 }
 """Ways in which coterie's exchange can be benched, by name."""
 
-PEER = "HF all_to_all"
-
 
 @dataclass(frozen=True)
 class Case:
@@ -55,6 +53,7 @@ class Task:
         cases: to be run in turns.
         maps: by the name that cases give them.
         training: steps forth and back with an optimizer, instead of forward passes alone.
+        decoding: steps are tokens at the end of sequences, instead of whole ones.
         steps: forward passes of one batch.
         repeats: timed ones of each case.
         model: a folder or hub id, None for the embedded one; if nothing is replayed.
@@ -68,6 +67,7 @@ class Task:
     cases: Sequence[Case]
     maps: Mapping[str, PlacementMap]
     training: bool
+    decoding: bool
     steps: int
     repeats: int
     model: str | None
@@ -103,8 +103,9 @@ def _workloads(task: Task, rank: int, num_ranks: int, device: torch.device) -> I
     if task.replay is None:
         # Float32 everywhere: the check against one process is about the exchange, not about rounding.
         model = load_model(task.model, "cpu").model.to(device)
+        decoded = task.steps if task.decoding else 0
         for sequences in task.sequences:
-            yield TextWorkload(model, torch.tensor(sequences[rank::num_ranks], device=device), task.steps)
+            yield TextWorkload(model, torch.tensor(sequences[rank::num_ranks], device=device), decoded)
         return
     profile = Profile.load_from(Path(task.replay))
     spec = next(iter(task.maps.values())).model

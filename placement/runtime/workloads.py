@@ -53,22 +53,22 @@ class Workload(Protocol):
 class TextWorkload:
     """A transformers model on sequences of this rank's own."""
 
-    def __init__(self, model: Any, input_ids: torch.Tensor, steps: int = 1) -> None:
+    def __init__(self, model: Any, input_ids: torch.Tensor, decoded: int = 0) -> None:
         """Take sequences, int64 (B, S).
 
         Args:
-            steps: 1 for one forward pass over all of them; more for as many tokens at each sequence's end, one after
-                the other, with the keys and values of all before.
+            decoded: 0 for one forward pass over all of them; else as many tokens at each sequence's end, one after the
+                other, with the keys and values of all before.
         """
-        self.model, self.input_ids, self.steps = model, input_ids, steps
+        self.model, self.input_ids, self.steps = model, input_ids, decoded or 1
         self.layers = find_moe_layers(model)
         of_experts = {id(parameter) for layer in self.layers for parameter in layer.experts.parameters()}
         self.dense = [parameter for parameter in model.parameters() if id(parameter) not in of_experts]
         self._of_prompt: Any = None
         self._cache: Any = None
-        if steps > 1:
+        if decoded:
             with torch.no_grad():
-                prompt = input_ids[:, :-steps]
+                prompt = input_ids[:, :-decoded]
                 self._of_prompt = model(input_ids=prompt, use_cache=True).past_key_values
 
     def reset(self) -> None:
@@ -77,7 +77,7 @@ class TextWorkload:
 
     def forward(self) -> torch.Tensor:
         """Logits: (B, S, V) of all tokens, or (B, steps, V) of those at the end."""
-        if self.steps == 1:
+        if self._of_prompt is None:
             logits: torch.Tensor = self.model(input_ids=self.input_ids, use_cache=False).logits
             return logits
         parts = []

@@ -101,7 +101,6 @@ def _to_profile(arrays: Mapping[str, npt.NDArray[Any]], known: Known, decode: bo
     if list(spec.layer_ids) != layer_ids:
         raise CoterieError(f"layer_ids {layer_ids}: must be distinct layer numbers, ascending")
     narrow = ids_dtype(num_experts)
-    no_expert = np.iinfo(narrow).max
     ids_LTK = np.empty((num_layers, num_tokens, top_k), dtype=narrow)
     for layer, layer_id in enumerate(spec.layer_ids):
         ids_TK = ids_TLK[:, layer]
@@ -110,7 +109,8 @@ def _to_profile(arrays: Mapping[str, npt.NDArray[Any]], known: Known, decode: bo
         if (ids_TK[~none] >= num_experts).any():
             worst = int(ids_TK[~none].max())
             raise CoterieError(f"topk_ids of layer {layer_id}: expert {worst}, must be below {num_experts}")
-        ids_LTK[layer] = np.where(none, no_expert, ids_TK)
+        ids_LTK[layer] = ids_TK.astype(narrow)
+        ids_LTK[layer][none] = np.iinfo(narrow).max
     domains = _names(arrays)
     domain_ids = _column(arrays, "domain_ids", num_tokens, 0, MAX_DOMAINS - 1).astype(np.uint8)
     domains += [f"domain {number}" for number in range(len(domains), int(domain_ids.max()) + 1)]
