@@ -200,13 +200,20 @@ def load_summary(recorded: Profile) -> dict[str, Any]:
     from profiler.drift import domain_table
 
     layers = load_table(recorded).merge(community_table(recorded)[0], on="layer")
+    rows = layers.to_dict("records")
+    if "cannot_tell" in recorded.provenance:  # counts that hold no pairs
+        rows = [{**row, "communities": None, "largest": None, "modularity": None} for row in rows]
     domains = domain_table(recorded) if recorded.tokens is not None else None
     return {
         "model": recorded.model.describe(),
         "tokens": recorded.num_tokens,
-        "layers": layers.to_dict("records"),
+        "layers": rows,
         "domains": [] if domains is None else domains.to_dict("records"),
     }
+
+
+COUNTED = ("hottest", "hot", "cold", "dead", "communities")
+"""Columns of a layer in whole numbers."""
 
 
 def insight_tables(summary: Mapping[str, Any]) -> Group:
@@ -216,8 +223,9 @@ def insight_tables(summary: Mapping[str, Any]) -> Group:
         table.add_column(column, justify="right")
     shown = sorted(summary["layers"], key=lambda row: -row["imbalance_ratio"])[:12]
     for row in shown:
-        ratio, modularity = f"{row['imbalance_ratio']:.2f}", f"{row['modularity']:.2f}"
-        counts = [str(row[name]) for name in ("hottest", "hot", "cold", "dead", "communities")]
+        ratio = f"{row['imbalance_ratio']:.2f}"
+        modularity = "-" if row["modularity"] is None else f"{row['modularity']:.2f}"
+        counts = ["-" if row[name] is None else str(row[name]) for name in COUNTED]
         table.add_row(str(row["layer"]), ratio, *counts, modularity)
     if len(shown) < len(summary["layers"]):
         table.caption = f"the {len(shown)} least even of {len(summary['layers'])} layers"
