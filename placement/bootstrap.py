@@ -15,7 +15,7 @@ import numpy.typing as npt
 import pandas as pd
 
 from placement.choice import choose_ranks, ranks_of_experts
-from placement.cost import mixed_order
+from placement.cost import imbalance, mixed_order
 from placement.placement_map import PlacementMap
 from profiler.trace import TokenTrace
 
@@ -79,7 +79,7 @@ def _figures(placement: PlacementMap, tokens: TokenTrace, weights_BS: Floats) ->
         load_BR = weights_BS @ load_SR
         sums["busiest_ingress"] += ingress_BR.max(axis=1)
         sums["fan_out"] += ingress_BR.sum(axis=1)
-        sums["imbalance_ratio"] += load_BR.max(axis=1) / load_BR.mean(axis=1)
+        sums["imbalance_ratio"] += imbalance(load_BR)
     return {name: total / len(tokens.topk_ids) for name, total in sums.items()}
 
 

@@ -60,21 +60,26 @@ class Metrics:
 
     @property
     def load_share(self) -> FloatsLR:
-        """float64 (L, R), share of all (token, expert) pairs that the rank serves."""
-        share: FloatsLR = self.load / self.load.sum(axis=1, keepdims=True)
+        """float64 (L, R), share of all (token, expert) pairs that the rank serves; 0 in a layer without any."""
+        share: FloatsLR = self.load / np.maximum(self.load.sum(axis=1, keepdims=True), 1)
         return share
 
     @property
     def imbalance_ratio(self) -> FloatsL:
-        """float64 (L,), the largest load of a rank over the mean load, at least 1."""
-        ratio: FloatsL = self.load.max(axis=1) / self.load.mean(axis=1)
-        return ratio
+        """float64 (L,), the largest load of a rank over the mean load, at least 1; 1 in a layer without picks."""
+        return imbalance(self.load)
 
     def summary(self) -> dict[str, dict[str, float | None]]:
         """For each metric its mean over layers and its worst layer; None where it is not defined."""
         return {
             name: summarise(getattr(self, name), np.min if name == "intra_share" else np.max) for name in SUMMARISED
         }
+
+
+def imbalance(load: npt.NDArray[Any]) -> npt.NDArray[np.float64]:
+    """The largest load over the mean of the last axis, R ranks, float64; 1 where there is none."""
+    most, mean = load.max(axis=-1), load.mean(axis=-1)
+    return np.where(mean > 0, most / np.where(mean > 0, mean, 1), 1.0)
 
 
 SUMMARISED = ("fan_out", "busiest_ingress", "imbalance_ratio", "intra_share", "node_fan_out", "busiest_node_ingress")

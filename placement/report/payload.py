@@ -59,7 +59,7 @@ def payload(insight: Insight) -> dict[str, Any]:
         "maps": {
             name: {
                 "ingress": np.round(metrics.ingress, 4).tolist(),
-                "load": np.nan_to_num(np.round(metrics.load_share * metrics.load.shape[1], 4)).tolist(),
+                "load": np.round(metrics.load_share * metrics.load.shape[1], 4).tolist(),
                 "fanOut": np.round(metrics.fan_out, 4).tolist(),
                 "fanCounts": fan_out_counts(insight.maps[name], insight.measured.require_tokens()).tolist(),
             }

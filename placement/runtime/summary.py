@@ -40,8 +40,8 @@ def joined(task: Task, ranks: Sequence[Rank], batch: int, tokens_per_rank: int) 
     some = next(iter(task.maps.values()))
     tokens = _tokens(of_ranks, some.model)
     # Each step of each rank is a call of its own, whose copies are chosen anew; batch b is one of rank b % R.
-    batch = np.arange(task.steps) * len(ranks) + np.arange(len(ranks))[:, None]
-    source = np.repeat(batch.ravel(), tokens.num_tokens // batch.size)
+    calls = np.arange(task.steps) * len(ranks) + np.arange(len(ranks))[:, None]
+    source = np.repeat(calls.ravel(), tokens.num_tokens // calls.size)
     metrics = {name: evaluate(placement, tokens, "token", source) for name, placement in task.maps.items()}
     times = [_times([rank["cases"][at] for rank in of_ranks], task.steps) for at in range(len(task.cases))]
     hosts = [rank["host"] for rank in ranks]
