@@ -168,6 +168,9 @@ def plan(
             tables.print(regret_table(regrets))
         if placement.certificate is not None:
             tables.print(certificate_table(placement.certificate))
+    if regrets is not None and len(regrets) < len(recorded.domains):
+        left_out = ", ".join(sorted(set(recorded.domains) - set(regrets)))
+        notes.print(f"no regret of {left_out}: planning or measuring saw no sequence of theirs")
     for sentence in sentences:
         notes.print(sentence, style="bold")
     notes.print(f"wrote {out}: the plan of “{strategy}” for {ranks} ranks")

@@ -51,6 +51,7 @@ def _bars(axes: Axes, result: BenchResult, run: BenchRun) -> None:
     )
     axes.set_xlabel("ms of a step, slowest rank")
     axes.tick_params(axis="y", labelsize="x-small")
+    axes.set_xlim(0, 1.3 * left.max() or None)  # room for the legend
     axes.legend(fontsize="x-small")
 
 
