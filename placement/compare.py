@@ -110,12 +110,7 @@ def verdict(metrics: Mapping[str, Any], strategy: str, options: Options | None =
     sentences = []
     highest = mine["train"]["imbalance_ratio"]["worst"]
     weighted = options.domain_weights or options.worst_domain  # metrics count all tokens alike
-    if (
-        options.load_cap is not None
-        and not weighted
-        and highest is not None
-        and highest > options.load_cap * (1 + 1e-9)
-    ):
+    if options.load_cap is not None and not weighted and highest > options.load_cap * (1 + 1e-9):
         sentences.append(
             f"the load cap of {options.load_cap:g} is not kept: on the tokens planned with, imbalance_ratio is up to "
             f"{highest:.2f}; give redundant experts or a higher cap"

@@ -21,6 +21,21 @@ SCHEMA_VERSION = 1
 EMPTY_SLOT = -1
 
 
+def slots_of_ranks(rank_of_expert: npt.NDArray[np.int64], topology: Topology) -> npt.NDArray[np.int64]:
+    """A layer's slots, int64 (P,), where each expert has one copy, on the given rank, int (E,): empty slots last.
+
+    Raises:
+        CoterieError: a rank is given more experts than it has slots.
+    """
+    slots = np.full((topology.num_ranks, topology.slots_per_rank), EMPTY_SLOT, dtype=np.int64)
+    for rank in range(topology.num_ranks):
+        held = np.flatnonzero(rank_of_expert == rank)
+        if len(held) > topology.slots_per_rank:
+            raise CoterieError(f"rank {rank} is given {len(held)} experts and has {topology.slots_per_rank} slots")
+        slots[rank, : len(held)] = held
+    return slots.ravel()
+
+
 @dataclass(frozen=True)
 class PlacementMap:
     """A plan for one model on one topology.
@@ -80,14 +95,8 @@ class PlacementMap:
         Raises:
             CoterieError: a rank is given more experts than it has slots.
         """
-        num_layers, num_ranks, slots_per_rank = len(rank_of_expert), topology.num_ranks, topology.slots_per_rank
-        slots = np.full((num_layers, num_ranks, slots_per_rank), EMPTY_SLOT, dtype=np.int64)
-        for layer, rank in np.ndindex(num_layers, num_ranks):
-            held = np.flatnonzero(rank_of_expert[layer] == rank)
-            if len(held) > slots_per_rank:
-                raise CoterieError(f"rank {rank} is given {len(held)} experts and has {slots_per_rank} slots")
-            slots[layer, rank, : len(held)] = held
-        return cls(model, topology, slots.reshape(num_layers, -1), solver, profile_digest)
+        slots = np.stack([slots_of_ranks(rank_of_E, topology) for rank_of_E in rank_of_expert])
+        return cls(model, topology, slots, solver, profile_digest)
 
     @classmethod
     def linear(cls, model: MoESpec, topology: Topology) -> Self:

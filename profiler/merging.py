@@ -13,6 +13,9 @@ from profiler.folder import StoredProfile, open_profile
 from profiler.trace import MAX_DOMAINS
 from profiler.writer import ProfileWriter, discard_unfinished
 
+TOLD = ("cannot_tell", "to_get_tokens")
+"""What the provenance of counts without pairs says to whoever asks for more."""
+
 
 def merge(
     folders: Sequence[Path], out: Path, *, seed: int = 0, on_shard: Callable[[], None] = lambda: None
@@ -48,8 +51,7 @@ def merge(
     blind = [part for part in parts if "cannot_tell" in part.provenance]
     if blind and len(blind) < len(parts):
         raise CoterieError(
-            f"cannot merge {blind[0].folder} with profiles that hold more: it says nothing about "
-            f"{', '.join(blind[0].provenance['cannot_tell'])}"
+            f"cannot merge {blind[0].folder}, which holds loads only, with profiles that hold co-activation"
         )
     domains = tuple(dict.fromkeys(domain for part in parts for domain in part.domains))
     if len(domains) > MAX_DOMAINS:
@@ -57,7 +59,7 @@ def merge(
     writer = ProfileWriter(out, first.model, domains, max_traced_tokens=0 if counted_only else None)
     try:
         _copy(parts, domains, writer, seed, on_shard)
-        kept = {key: blind[0].provenance[key] for key in ("cannot_tell", "to_get_tokens")} if blind else {}
+        kept = {key: first.provenance[key] for key in first.provenance if blind and key in TOLD}
         return writer.finish({**kept, "merged": [dict(part.provenance) for part in parts]})
     except BaseException:
         discard_unfinished(out)

@@ -85,7 +85,9 @@ def test_what_loads_alone_cannot_tell_stays_known(tmp_path):
         writer.finish(provenance)
     provenance = merge([tmp_path / "1", tmp_path / "2"], tmp_path / "merged").provenance
     assert {key: provenance[key] for key in seen} == seen
-    with pytest.raises(CoterieError, match="cannot merge .*1 with profiles that hold more: .* about co-activation"):
+    with pytest.raises(
+        CoterieError, match="cannot merge .*1, which holds loads only, with profiles that hold co-activation"
+    ):
         merge([tmp_path / "1", tmp_path / "3"], tmp_path / "mixed")
 
 

@@ -9,7 +9,6 @@ from typing import Protocol
 import numpy as np
 import numpy.typing as npt
 
-from placement.placement_map import EMPTY_SLOT
 from placement.topology import Topology
 
 Slots = npt.NDArray[np.int64]
@@ -170,15 +169,6 @@ class LayerProblem:
                 both = self.sets[:, second] >= 0  # none stands at the end
                 np.add.at(out, (self.sets[both, first], self.sets[both, second]), self.weights[both])
         return out + out.T
-
-
-def slots_of_ranks(rank_of_expert: npt.NDArray[np.int64], topology: Topology) -> Slots:
-    """Slots where each expert has one copy, on the given rank, int (E,): in file order, empty slots last."""
-    slots = np.full((topology.num_ranks, topology.slots_per_rank), EMPTY_SLOT, dtype=np.int64)
-    for rank in range(topology.num_ranks):
-        held = np.flatnonzero(rank_of_expert == rank)
-        slots[rank, : len(held)] = held
-    return slots.ravel()
 
 
 class Strategy(Protocol):

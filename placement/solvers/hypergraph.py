@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from placement.solvers.contract import LayerProblem, Slots, slots_of_ranks
+from placement.placement_map import slots_of_ranks
+from placement.solvers.contract import LayerProblem, Slots
 from placement.solvers.copies import with_copies
 from placement.solvers.equal_sizes import RankOfExpert, equal_sizes, with_best_swaps, with_equal_sizes
 from profiler.errors import CoterieError

@@ -10,7 +10,8 @@ from dataclasses import replace
 
 import numpy as np
 
-from placement.solvers.contract import LayerProblem, Objective, Slots, slots_of_ranks
+from placement.placement_map import slots_of_ranks
+from placement.solvers.contract import LayerProblem, Objective, Slots
 from placement.solvers.load import load as load_only
 from placement.solvers.search import ranks_of, search
 from profiler.errors import CoterieError

@@ -15,9 +15,9 @@ from dataclasses import replace
 import numpy as np
 import numpy.typing as npt
 
-from placement.placement_map import EMPTY_SLOT
+from placement.placement_map import EMPTY_SLOT, slots_of_ranks
 from placement.solvers.anneal import search_copies
-from placement.solvers.contract import LayerProblem, Slots, slots_of_ranks
+from placement.solvers.contract import LayerProblem, Slots
 from placement.solvers.load import load as load_only
 from placement.solvers.metis import metis
 from placement.solvers.spectral import spectral
