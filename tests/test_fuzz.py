@@ -27,6 +27,7 @@ from test_engine_mistakes import ENGINES, write_valid
 from test_report import bench_result
 
 from placement import cli
+from placement.constraints import finetune as finetuning
 from placement.constraints.config import load as load_constraint
 from placement.constraints.config import save as save_constraint
 from placement.constraints.examples import instruction_examples
@@ -36,10 +37,12 @@ from placement.constraints.similarity import SimilarityTable
 from placement.exporters import eplb, sglang, tensorrt_llm, vllm_ascend
 from placement.exporters.contract import ServedModel, write_export
 from placement.placement_map import PlacementMap
+from placement.runtime import bench as runtime_bench
 from placement.topology import Topology
 from profiler import Profile, zoo
+from profiler.families import read_spec
 from profiler.folder import content_digest, header_digest
-from profiler.loading import LoadedModel
+from profiler.loading import LoadedModel, load_model
 from profiler.spec import MoESpec
 
 NUM_CASES = int(os.environ.get("COTERIE_FUZZ", "300"))
@@ -146,6 +149,19 @@ def conversations(here: Path) -> None:
     (here / "chats.jsonl").write_text("\n".join(map(json.dumps, records)))
 
 
+def what_runs_a_model(here: Path) -> None:
+    """Of the embedded model, which these commands load if they are named none."""
+    (here / "short.txt").write_text("A little text to run, for two ranks. " * 8)
+    conversations(here)
+    loaded = load_model(None, "cpu")
+    spec = read_spec(loaded.model, loaded.name)
+    trace = make_trace(random_ids(0, spec.num_layers, 200, spec.num_experts, spec.top_k), num_sequences=8)
+    Profile.from_tokens(spec, ["prose", "code"], trace, {"made": "up"}).save(here / "run.profile")
+    plan = PlacementMap.linear(spec, Topology(1, 2, spec.num_experts // 2))
+    plan.save(here / "plan.json")
+    save_constraint(limit_ranks(plan, 1), here / "limit.safetensors")
+
+
 def recording(engine: str) -> Callable[[Path], None]:
     def make(here: Path) -> None:
         (here / "recording").mkdir()
@@ -165,6 +181,8 @@ EXPORTS = [
     ]
 ]
 SHAPE = ["--num-experts", "8", "--top-k", "2", "--num-hidden-layers", "2"]
+FEW = ["--sequences-per-rank", "1", "--sequence-length", "16"]
+TUNE = ["--sequence-length", "16", "--held-out", "short.txt", "--no-plain", "-o", "out/tuned"]
 IMPORT_OF = {"vllm": "vllm", "tensorrt-llm": "tensorrt-llm", "raw": "tensorrt-llm", "megatron": "megatron"}
 TARGETS: dict[str, tuple[Callable[[Path], Any], list[list[str]]]] = {
     "profile": (
@@ -206,6 +224,16 @@ TARGETS: dict[str, tuple[Callable[[Path], Any], list[list[str]]]] = {
         [
             ["import", "numpy", "r.npy", "--model", "model", "-o", "out/run.profile"],
             ["profile", "model", "--data", "short.txt", "-o", "out/run.profile"],
+        ],
+    ),
+    "run": (
+        what_runs_a_model,
+        [
+            ["bench", "plan.json", "--data", "short.txt", *FEW],
+            ["bench", "plan.json", "--replay", "run.profile", "--layers", "2", *FEW],
+            ["finetune", "--constraint", "limit.safetensors", "--data", "short.txt", *TUNE],
+            ["finetune", "--constraint", "limit.safetensors", "--instructions", "chats.jsonl", *TUNE],
+            ["quality", "--constraint", "limit.safetensors", "--data", "short.txt"],
         ],
     ),
     "checkpoint": (
@@ -418,8 +446,10 @@ def valid(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 
 def run(command: list[str], tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> int:
-    """Exit code; whatever `main` lets through comes out as it is."""
+    """Exit code; whatever `main` lets through comes out as it is.  Neither ranks nor training steps are started."""
     monkeypatch.setattr(sys, "argv", ["coterie", *command])
+    monkeypatch.setattr(runtime_bench, "_run", lambda *_: None)  # as on a rank of torchrun that is not the first
+    monkeypatch.setattr(finetuning, "train", lambda *_, **__: [1.0])
     try:
         if command[0] in ("texts", "conversations", "constraint"):
             readers = {"texts": read_texts, "conversations": read_conversations}

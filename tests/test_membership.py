@@ -5,6 +5,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -69,9 +70,11 @@ def refuse_on_rank_one(rank, _device, _arguments):
         (refuse_on_rank_one, "^rank 1 of 2 failed: 7 experts: must be 8$"),
     ],
 )
-def test_a_failing_rank_is_one_line(worker, message):
+def test_a_failing_rank_is_one_line_and_leaves_no_file(worker, message, tmp_path, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     with pytest.raises(CoterieError, match=message):
         run_on_ranks(worker, 2, {})
+    assert not list(tmp_path.iterdir())
 
 
 def start(rank, num_ranks, port, what, **environment):

@@ -58,6 +58,8 @@ def run_on_ranks(
             finally:  # interrupted, or a rank that did not end by itself
                 for process in processes.processes:
                     process.kill()
+                for traceback in processes.error_files:  # which a rank that failed has written, and torch has read
+                    Path(traceback).unlink(missing_ok=True)
         except (ProcessRaisedException, ProcessExitedException) as error:
             # A rank that was killed leaves no line; else the first to fail is the one to name.
             if isinstance(error, ProcessExitedException) and error.exit_code < 0:
