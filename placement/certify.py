@@ -373,7 +373,10 @@ def _statement(problem: LayerProblem, fan_out: Bound, busiest: Bound) -> str:
         else:
             words.append(f"{name} {bound.value:.4f} is at most {bound.gap:.2%} above the best ({bound.method})")
     if "counting" in (fan_out.method, busiest.method) and problem.num_ranks > 1:
+        size = f"{problem.num_experts} experts, {problem.slots_per_rank} a rank"
         words.append(
-            f"no tight bound is known at this size ({problem.num_experts} experts, {problem.slots_per_rank} a rank)"
+            f"time ran out before a tight bound was found ({size}); give --certify more seconds"
+            if can_enumerate(problem)
+            else f"no tight bound is known at this size ({size})"
         )
     return "; ".join(words)

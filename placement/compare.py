@@ -29,7 +29,7 @@ KEEP_GROUPS = ("search", "linear")
 """Strategies whose plans keep a router's groups together where that is wanted."""
 
 DECISIVE: dict[Mode, str] = {"per-rank": "busiest_ingress", "per-expert": "imbalance_ratio"}
-"""The figure that tells whether a plan is worth it where times are not known."""
+"""The figure that tells whether a plan is worth it where times are not known, and how sure that is where they are."""
 
 
 def plan_and_compare(
@@ -118,8 +118,8 @@ def verdict(metrics: Mapping[str, Any], strategy: str, options: Options | None =
     if "load" in metrics and strategy != "load":
         name = "predicted_time" if "predicted_time" in mine["held_out"] else DECISIVE[mode]
         own, other = (metrics[which]["held_out"][name]["mean"] for which in (strategy, "load"))
-        gain = 1 - own / other
-        if gain < WORTH_IT_FROM:
+        gain = 1 - own / other if other else 0.0
+        if other and gain < WORTH_IT_FROM:
             because = {
                 "per-rank": "the routing has too little structure, or this hardware too little to gain from it",
                 "per-expert": "sent once per expert, only balance counts, and engines can balance themselves",
@@ -129,7 +129,7 @@ def verdict(metrics: Mapping[str, Any], strategy: str, options: Options | None =
                 f"{'below' if gain >= 0 else 'above'} that of balancing the load only; {because[mode]}"
             )
     train, unseen = (mine[part]["busiest_ingress"]["mean"] for part in ("train", "held_out"))
-    loss = unseen / train - 1
+    loss = unseen / train - 1 if train else 0.0
     if loss > LOSS_TO_WARN_OF:
         sentences.append(
             f"planned on {mine['tokens_planned_on']:,} tokens, too few: busiest_ingress is {loss:.1%} higher on "
@@ -208,6 +208,6 @@ def domain_regret(
             "imbalance_ratio": float(np.mean(this.imbalance_ratio)),
             "own_busiest_ingress": float(np.mean(best.busiest_ingress)),
             "own_imbalance_ratio": float(np.mean(best.imbalance_ratio)),
-            "regret": float(np.mean(this.busiest_ingress) / np.mean(best.busiest_ingress) - 1),
+            "regret": float(np.mean(this.busiest_ingress) / max(np.mean(best.busiest_ingress), 1e-300) - 1),
         }
     return out

@@ -126,7 +126,8 @@ def gather(
     maps = {"linear": PlacementMap.linear(profile.model, placement.topology)}
     if load_only:
         maps["load"] = load_only(planned)
-    maps["plan"] = placement
+    # Times are of the model that was recorded, so that all maps are of weights of one type.
+    maps["plan"] = replace(placement, model=replace(profile.model, num_groups=placement.model.num_groups))
     communities, community_of_expert = community_table(profile)
     return Insight(
         profile=profile,

@@ -182,12 +182,17 @@ def transfer(
         baselines: maps to measure on every domain beside the domains' own plans, such as linear and the plan itself.
 
     Returns:
-        A row for each map and domain measured on: `planned_on`, `measured_on`, `busiest_ingress`, `fan_out` and
+        A row for each map and domain measured on: `planned_on`, `measured_on` (a domain called like a baseline has
+        ` (domain)` behind its name), `busiest_ingress`, `fan_out` and
         `imbalance_ratio`, held out, means over layers; `regret`, busiest_ingress over that of the domain's own plan
         less 1.  Domains without tokens on both sides are left out.
     """
-    own, unseen = planned.split_by_domain(), held_out.split_by_domain()
-    shared = [name for name in own if name in (domains or own) and _has(own[name]) and _has(unseen.get(name))]
+    own, unseen = (
+        {f"{name} (domain)" if name in baselines else name: part for name, part in each.split_by_domain().items()}
+        for each in (planned, held_out)
+    )
+    wanted = {f"{name} (domain)" if name in baselines else name for name in domains or planned.domains}
+    shared = [name for name in own if name in wanted and _has(own[name]) and _has(unseen.get(name))]
     maps = dict(baselines)
     for name in shared if len(shared) > 1 else []:
         maps[name] = planner(own[name])
@@ -225,7 +230,7 @@ def _figures(placement: PlacementMap, tokens: TokenTrace) -> dict[str, float]:
 
 def _mean_curve(curve: pd.DataFrame, figure: str) -> pd.Series[float]:
     """The mean over draws by size: draws stop at whole sequences, so their numbers of tokens are averaged too."""
-    rank = curve.groupby("draw")["tokens"].rank()
+    rank = curve.groupby("draw")["tokens"].rank(method="first")  # the same tokens may be drawn for two sizes
     place = np.where(curve["tokens"] == curve["tokens"].max(), rank.max(), rank)
     sizes = curve.groupby(place)["tokens"].mean().round().astype(int)
     means = curve.groupby(place)[figure].mean()

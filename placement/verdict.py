@@ -12,8 +12,8 @@ import pandas as pd
 
 from placement.compare import DECISIVE, WORTH_IT_FROM
 from placement.insight import Insight
-from placement.timing import Workload, time_of
-from profiler.errors import CoterieError
+from placement.solvers import options_of
+from placement.timing import time_of
 
 Tone = Literal["good", "unsure", "bad", "plain"]
 
@@ -58,28 +58,29 @@ def _worth(insight: Insight) -> Answer:
     peer = "load" if "load" in insight.maps else "linear"
     peer_words = "balancing the load only" if peer == "load" else "experts in file order"
     row, before = insight.interval("plan"), insight.interval("linear")
-    mode = _workload(insight).mode
+    mode = options_of(insight.plan).workload.mode
     decisive = insight.interval("plan", DECISIVE[mode])
     gain, low = float(decisive[f"over_{peer}"]), float(decisive[f"over_{peer}_low"])
+    times = _layer_times(insight)
+    if times:  # how sure it is only the figure tells
+        gain = 1 - times["plan"] / times[peer]
     tone: Tone
-    if low >= WORTH_IT_FROM:
+    if gain < WORTH_IT_FROM:
+        headline, tone = "Not worth it on these links" if times else "Not worth it", "bad"
+    elif low >= WORTH_IT_FROM:
         headline, tone = "Worth it", "good"
-    elif gain < WORTH_IT_FROM:
-        headline, tone = "Not worth it", "bad"
     else:
         headline, tone = "Perhaps worth it", "unsure"
     imbalance, of_peer = (float(insight.interval(name, "imbalance_ratio")["value"]) for name in ("plan", peer))
-    times = _layer_times(insight)
-    if times and tone == "good" and 1 - times["plan"] / times[peer] < WORTH_IT_FROM:
-        headline, tone = "Not worth it on these links", "bad"
-    elif not times and tone == "good" and imbalance > of_peer + MUCH_IMBALANCE:
+    if not times and tone == "good" and imbalance > of_peer + MUCH_IMBALANCE:
         headline, tone = "Less traffic, but uneven work", "unsure"
     if insight.seen:
         headline, tone = "Not known: measured on what it was planned with", "unsure"
     num_sequences = len(np.unique(insight.measured.require_tokens().sequence_ids))
-    busiest = insight.metrics["plan"].busiest_ingress
-    gain_L = 1 - busiest / insight.metrics[peer].busiest_ingress
-    ids = insight.profile.model.layer_ids
+    busiest, of_peer_L = (insight.metrics[name].busiest_ingress for name in ("plan", peer))
+    picked = of_peer_L > 0  # a layer may be without picks
+    gain_L = 1 - busiest[picked] / of_peer_L[picked]
+    ids = np.array(insight.profile.model.layer_ids)[picked]
     fan_out, after = (float(insight.interval(name, "fan_out")["value"]) for name in ("linear", "plan"))
     fewer, least_fewer, most_fewer = (float(row[f"over_{peer}{end}"]) for end in ("", "_low", "_high"))
     sentences = [
@@ -138,26 +139,13 @@ def _measured(insight: Insight) -> list[str]:
 
 def _layer_times(insight: Insight) -> dict[str, float]:
     """Predicted seconds of a layer by map, mean over layers, for the plan's own workload; empty without links."""
-    workload, times = _workload(insight), {}
+    workload, times = options_of(insight.plan).workload, {}
     for name, placement in insight.maps.items():
         linked = replace(placement, topology=replace(placement.topology, links=insight.plan.topology.links))
         time = time_of(linked, insight.metrics[name], workload)
         if time is not None:
             times[name] = float(time.total.mean())
     return times
-
-
-def _workload(insight: Insight) -> Workload:
-    """What the plan was made for.
-
-    Raises:
-        CoterieError: the map says it in a way that is none.
-    """
-    try:
-        said = (insight.plan.solver.get("options") or {}).get("workload", {})
-        return Workload(**{"tokens_per_rank": 4096, **said})
-    except (AttributeError, TypeError) as error:
-        raise CoterieError(f"the plan's solver.options.workload is none ({error}); plan again") from error
 
 
 def _less(gain: float) -> str:
@@ -169,7 +157,7 @@ def _hot(insight: Insight) -> Answer:
     hottest = experts.loc[experts["relative_load"].idxmax()]
     hot, cold, dead = (int(loads[kind].sum()) for kind in ("hot", "cold", "dead"))
     headline = f"{hot} of {len(experts):,} experts are hot" if hot else "No expert is hot"
-    uneven = loads.loc[loads["imbalance_ratio"].idxmax()]
+    uneven = loads.loc[loads["expert_imbalance"].idxmax()]
     others = experts.nlargest(1 + NAMED, "relative_load").iloc[1:]
     return Answer(
         "Which experts are hot?",

@@ -31,7 +31,7 @@ def load_table(profile: Profile) -> pd.DataFrame:
     """How even each layer's load is.
 
     Returns:
-        A row for each layer: `layer`; `imbalance_ratio`, the hottest expert's load over the mean (1 is even);
+        A row for each layer: `layer`; `expert_imbalance`, the hottest expert's load over the mean (1 is even);
         `hottest`, that expert; `effective_experts`, 2 to the entropy of the load in bits, the number of equally loaded
         experts that would be as uneven (Hill's number of order 1, Ecology 54, 1973); `hot`, `cold`, `dead`, experts of
         each kind as in `expert_table`.
@@ -41,7 +41,7 @@ def load_table(profile: Profile) -> pd.DataFrame:
     return pd.DataFrame(
         {
             "layer": profile.model.layer_ids,
-            "imbalance_ratio": relative_LE.max(axis=1),
+            "expert_imbalance": relative_LE.max(axis=1),
             "hottest": load_LE.argmax(axis=1),
             "effective_experts": 2.0 ** entropy(load_LE),
             "hot": (relative_LE >= HOT_FROM).sum(axis=1),

@@ -76,7 +76,7 @@ def test_even_load_has_no_hot_expert():
     ids = np.array([[[0, 1], [2, 3], [0, 2], [1, 3]]], dtype=np.uint8)
     profile = Profile.from_tokens(make_spec(1, 4, 2), ["a", "b"], make_trace(ids), {})
     table = load_table(profile).iloc[0]
-    assert table["imbalance_ratio"] == pytest.approx(1)
+    assert table["expert_imbalance"] == pytest.approx(1)
     assert table["effective_experts"] == pytest.approx(4)
     assert (table["hot"], table["cold"], table["dead"]) == (0, 0, 0)
 

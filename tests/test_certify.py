@@ -225,6 +225,11 @@ def test_large_layers_say_that_no_tight_bound_is_known():
     assert certificate.fan_out.method == "counting"
 
 
+def test_time_that_ran_out_is_not_called_a_matter_of_size():
+    problem = problem_of(random_ids(0, 1, 300, 16, 4)[0], 16, 4, 1.2)
+    assert "time ran out" in certify(problem, linear_plan(problem), 0.0).statement
+
+
 def test_a_cap_below_the_hottest_expert():
     ids = np.array([[0, 1], [0, 2], [0, 3], [0, 4], [0, 5]], dtype=np.uint8)
     for num_ranks in (2, 3):

@@ -14,8 +14,11 @@ import numpy as np
 import pytest
 from conftest import make_spec, make_trace, random_ids
 
-from placement import cli
+from placement import cli, solvers
+from placement.bootstrap import bootstrap
+from placement.cli.insights import _planner as planner_of
 from placement.compare import plan_and_compare
+from placement.cost import evaluate
 from placement.insight import gather, study_data
 from placement.placement_map import PlacementMap
 from placement.report import write_report
@@ -207,9 +210,61 @@ def test_once_per_expert_only_balance_is_worth_something(profile):
     assert worth.headline == "Not worth it"  # balancing the load alone does the same
     assert "where only balance counts" in worth.sentences[-1]
     odd = replace(placement, solver={**placement.solver, "options": {"workload": {"tokens": 1}}})
-    with pytest.raises(CoterieError, match=r"solver.options.workload is none"):
+    with pytest.raises(CoterieError, match=r"solver.options are none"):
         answers(insight_of(profile, odd))
     answers(insight_of(profile, replace(placement, solver={"name": "search", "options": None})))
+
+
+def test_where_links_are_known_times_decide():
+    """Pairs that meet on one node halve what crosses the network, and leave every rank as busy as before."""
+    pairs = np.tile(np.array([[0, 2], [1, 3], [4, 6], [5, 7]], np.uint8), (100, 1))[None]
+    spec = replace(make_spec(1, 8, 2), hidden_size=7168, expert_size=256)
+    profile = Profile.from_tokens(spec, ["a", "b"], make_trace(pairs, num_sequences=20), {})
+    topology = Topology.for_experts(8, 4, 2, links=Links.preset("h100"))
+    even, apart = np.array([[0, 4, 1, 5, 2, 6, 3, 7]]), np.array([[0, 6, 2, 4, 1, 7, 3, 5]])
+    insight = replace(
+        insight_of(profile, PlacementMap(spec, topology, apart, {"name": "any"})),
+    )
+    maps = {**insight.maps, "load": PlacementMap(spec, topology, even, {"name": "load"})}
+    tokens = insight.measured.tokens
+    insight = replace(
+        insight, maps=maps, metrics={name: evaluate(each, tokens) for name, each in maps.items()},
+        intervals=bootstrap(maps, tokens),
+    )  # fmt: skip
+    assert insight.metrics["plan"].busiest_ingress == insight.metrics["load"].busiest_ingress
+    assert answers(insight)["worth"].headline == "Perhaps worth it"
+
+
+def test_times_are_of_weights_of_one_type(profile):
+    narrow = Profile.from_tokens(replace(profile.model, dtype="bfloat16"), profile.domains, profile.tokens, {})
+    topology = Topology.for_experts(16, 4, links=Links.preset("h100"))
+    insight = insight_of(profile, plan(narrow, topology, "load"))
+    assert {each.model.dtype for each in insight.maps.values()} == {"float32"}
+
+
+def test_a_layer_without_picks_is_not_where_it_gains():
+    ids = random_ids(0, 3, 600, 16, 4)
+    ids[1] = 255
+    profile = Profile.from_tokens(make_spec(3, 16, 4), ["a", "b"], make_trace(ids, num_sequences=12), {})
+    (said,) = [
+        sentence
+        for sentence in answers(insight_of(profile, plan_and_compare(profile, TOPOLOGY)))["worth"].sentences
+        if sentence.startswith("It gains most")
+    ]
+    assert "nan" not in said
+    assert "layer 1 " not in said
+
+
+def test_plans_of_the_study_are_for_what_the_plan_is_for(profile, monkeypatch):
+    asked = []
+    monkeypatch.setattr(solvers, "plan", lambda _profile, _topology, _strategy, options: asked.append(options))
+    workload = Workload(512, "per-expert")
+    placement = plan(profile, TOPOLOGY, options=Options(workload=workload, objective="balance", load_cap=1.2))
+    for strategy in ("search", "load"):
+        planner_of(placement, strategy, 3)(profile)
+    assert (asked[0].objective, asked[0].workload, asked[0].num_kicks) == ("balance", workload, 3)
+    assert asked[0].load_cap is None  # which a part of the text may not be able to keep
+    assert asked[1].objective == "time"
 
 
 def test_shuffled_routing_is_not_worth_a_plan(profile):

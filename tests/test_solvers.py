@@ -1,6 +1,7 @@
 """The project's search against trying everything by hand, and what planning refuses and promises."""
 
 import itertools
+import sys
 import threading
 from dataclasses import replace
 
@@ -214,6 +215,38 @@ def test_search_keeps_the_load_cap_and_beats_load_only(load_cap):
         assert slow_objective(problem, found, 16.0) < slow_objective(problem, balanced, 16.0)
 
 
+@given(traces(), st.sampled_from(list(OBJECTIVES)), st.integers(0, 1000))
+def test_the_load_cap_is_kept_over_nodes_and_where_a_draw_is_searched(case, objective, seed):
+    spec, trace = case
+    topology = Topology(2, 2, -(-spec.num_experts // 4))
+    problem = problem_of(trace.topk_ids, spec.num_experts, topology, objective=OBJECTIVES[objective], load_cap=1.05)
+    place_module = sys.modules[search.__module__]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(place_module, "MAX_SETS", 10)
+        patch.setattr(place_module, "KICKS", 4)
+        found, even = (
+            ranks_of(place(problem, np.random.default_rng(seed)), problem) for place in (search, STRATEGIES["load"])
+        )
+    highest, of_even = (np.bincount(ranks, problem.expert_load, minlength=4).max() for ranks in (found, even))
+    assert highest <= max(1.05 * problem.expert_load.sum() / 4, of_even) * (1 + 1e-9)
+
+
+def test_nodes_that_hold_a_hot_set_together_do_not_break_the_cap():
+    ids = np.array([[0, 1, 2]] * 10 + [[3, 4, 5]] * 5 + [[3, 6, 7]] * 5, np.uint8)
+    problem = problem_of(ids[None], 8, Topology(2, 2, 2), objective=Objective(fan_out=1.0), load_cap=1.2)
+    found = ranks_of(search(problem, np.random.default_rng(0)), problem)
+    assert np.bincount(found, problem.expert_load, minlength=4).max() <= 18
+
+
+def test_groups_are_balanced_by_their_picks_not_by_the_tokens_that_touch_them():
+    """Two groups serve two picks of ten tokens, two serve one: a rank with both of the former does twice the work."""
+    ids = np.array([[0, 1], [2, 3], [4, 6]] * 10, np.uint8)
+    objective = Objective(ingress=6.36, load=1.0)
+    problem = problem_of(ids[None], 8, Topology(1, 2, 4), num_groups=4, objective=objective)
+    found = ranks_of(search(problem, np.random.default_rng(0)), problem)
+    assert np.bincount(found, problem.expert_load).tolist() == [30, 30]
+
+
 def test_search_finds_the_optimum_of_a_small_layer():
     """16 experts on 2 ranks: all 6,435 equal partitions can be tried."""
     problem = problem_of(random_ids(9, 1, 150, 16, 2), 16, Topology(1, 2, 8), load_cap=2.0)
@@ -335,6 +368,8 @@ def test_what_planning_refuses(profile):
         Topology.for_experts(16, 4, 1, 99)
     with pytest.raises(CoterieError, match="load cap 0.9"):
         Options(load_cap=0.9)
+    with pytest.raises(CoterieError, match="each domain counts alone there; leave one out"):
+        Options(domain_weights={"prose": 2.0}, worst_domain=True)
     with pytest.raises(CoterieError, match="objective 'speed': must be one of time"):
         Options(objective="speed")
     with pytest.raises(CoterieError, match="'best': must be one of"):
@@ -362,6 +397,29 @@ def test_an_infeasible_load_cap_names_the_hottest_expert_and_what_would_help():
     topology = Topology.for_experts(16, 4, 1, 4)
     placement = plan(hot, topology, options=Options(load_cap=1.1, num_redundant=4))
     assert evaluate(placement, hot.tokens).imbalance_ratio[0] < 1.2
+
+
+def of_loads(*loads):
+    """One layer of a top-1 model whose experts have these loads."""
+    ids = np.repeat(np.arange(len(loads), dtype=np.uint8), loads)[None, :, None]
+    return Profile.from_tokens(make_spec(1, len(loads), 1), ["a", "b"], make_trace(ids), {})
+
+
+def test_the_load_cap_that_a_refusal_names_is_enough():
+    with pytest.raises(CoterieError, match="load cap of 1.13 or more"):  # 1.1233 are needed
+        plan(of_loads(337, 288, 288, 287), Topology.for_experts(4, 4), options=Options(load_cap=1.12))
+    plan(of_loads(337, 288, 288, 287), Topology.for_experts(4, 4), options=Options(load_cap=1.13))
+    plan(of_loads(115, 95, 95, 95), Topology.for_experts(4, 4), options=Options(load_cap=1.15))  # 1.15 x 100 < 115
+
+
+def test_text_without_picks_on_either_side_is_compared():
+    ids = random_ids(0, 1, 40, 8, 2)
+    for nothing in (slice(0, 20), slice(20, 40)):
+        some = ids.copy()
+        some[:, nothing] = 255
+        half = Profile.from_tokens(make_spec(1, 8, 2), ["a", "b"], make_trace(some, num_sequences=2), {})
+        placement = plan_and_compare(half, Topology.for_experts(8, 4))
+        assert all("nan" not in said for said in verdict(placement.metrics, "search"))
 
 
 def test_a_load_cap_that_empty_slots_make_possible_is_kept():

@@ -1,5 +1,6 @@
 """Enough tokens, halves, transfer and intervals; plans come from a planner that is a plain function."""
 
+from dataclasses import replace
 from functools import partial
 
 import numpy as np
@@ -59,6 +60,21 @@ def test_no_number_while_the_curve_still_falls():
     assert found.tokens is None
     assert "14.3%" in found.sentence
     assert recommend(curve_of([0.7])).tokens is None
+
+
+def test_a_long_sequence_does_not_put_sizes_out_of_order():
+    """One draw takes a long sequence first, so that its two smallest sizes are the same tokens."""
+    tokens, draws = [900, 900, 1000, 2000, 250, 500, 1000], [0, 0, 0, 0, 1, 1, 1]
+    curve = pd.DataFrame({"tokens": tokens, "draw": draws, "busiest_ingress": [0.45, 0.45, 0.4, 0.4, 0.5, 0.401, 0.4]})
+    assert recommend(curve).tokens == 1000
+
+
+def test_a_domain_may_be_called_like_a_baseline():
+    planned, held_out = big_profile().split_by_sequence()
+    named = [replace(part, domains=("linear", *part.domains[1:])) for part in (planned, held_out)]
+    table = transfer(*named, PLANNER, {"linear": PlacementMap.linear(planned.model, TOPOLOGY)})
+    assert len(table) == 6
+    assert "linear (domain)" in set(table["planned_on"])
 
 
 def test_two_halves_of_structured_routing_agree():

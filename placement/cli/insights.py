@@ -132,11 +132,14 @@ def _study(recorded: Profile, placement: PlacementMap, held_out: Profile | None)
 
 
 def _planner(placement: PlacementMap, strategy: str, num_kicks: int | None = None) -> Planner:
-    """Plans of a strategy for the plan's own topology."""
-    from placement.solvers import Options, plan
+    """Plans of a strategy for the plan's own topology; the search's for what the plan was made for, too."""
+    from dataclasses import replace
+
+    from placement.solvers import Options, options_of, plan
 
     slots = int((placement.physical_to_logical_map[0] >= 0).sum())
-    options = Options(num_redundant=slots - placement.model.num_experts, num_kicks=num_kicks)
+    options = options_of(placement) if strategy == "search" else Options()
+    options = replace(options, num_redundant=slots - placement.model.num_experts, num_kicks=num_kicks)
 
     def planner(profile: Any) -> PlacementMap:
         return plan(profile, placement.topology, strategy, options)

@@ -59,7 +59,8 @@ def plan(
         str,
         typer.Option(
             help="Whose plan to write: linear, random, load, occult, metis, spectral, quadratic, hypergraph, "
-            "partitioning (the proved optimum of the planned tokens) or search."
+            "partitioning (the least busiest ingress of the planned tokens, proved where a minute a layer is enough) or "
+            "search."
         ),
     ] = "search",
     compare: Annotated[
@@ -256,9 +257,10 @@ def evaluate(
     workload = Workload(tokens_per_rank, "per-expert" if per_expert else "per-rank")
     linear = PlacementMap.linear(model, topology)
     tokens = recorded.require_tokens()
+    name = str(placement.solver["name"])
     figures = {
         "linear": measure(linear, tokens, workload),
-        str(placement.solver["name"]): measure(placement, tokens, workload, choice.value),
+        "this map" if name == "linear" else name: measure(placement, tokens, workload, choice.value),
     }
     by_layer = evaluate_map(placement, tokens, choice.value) if layers else None
     rows = _rows_per_token(backend.sends, figures, model.top_k, topology.num_ranks) if backend else {}

@@ -219,11 +219,11 @@ COUNTED = ("hottest", "hot", "cold", "dead", "communities")
 def insight_tables(summary: Mapping[str, Any]) -> Group:
     """A screenful: at most a dozen layers, the least even first, and the domains."""
     table = Table(title=f"{summary['model']}, {summary['tokens']:,} tokens", title_justify="left", box=SIMPLE_HEAD)
-    for column in ("layer", "imbalance\nratio", "hottest\nexpert", "hot", "cold", "dead", "communities", "modularity"):
+    for column in ("layer", "expert\nimbalance", "hottest\nexpert", "hot", "cold", "dead", "communities", "modularity"):
         table.add_column(column, justify="right")
-    shown = sorted(summary["layers"], key=lambda row: -row["imbalance_ratio"])[:12]
+    shown = sorted(summary["layers"], key=lambda row: -row["expert_imbalance"])[:12]
     for row in shown:
-        ratio = f"{row['imbalance_ratio']:.2f}"
+        ratio = f"{row['expert_imbalance']:.2f}"
         modularity = "-" if row["modularity"] is None else f"{row['modularity']:.2f}"
         counts = ["-" if row[name] is None else str(row[name]) for name in COUNTED]
         table.add_row(str(row["layer"]), ratio, *counts, modularity)

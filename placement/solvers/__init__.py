@@ -80,7 +80,7 @@ class Options:
         seed: the same seed gives the same plan.
         num_kicks: rounds of the search; more take longer and find more.  None for 80, or fewer for large layers.
         time_budget: seconds after which the search takes what it has; the same seed may then give another plan.
-        domain_weights: what a token of each domain counts; others count 0.  None for all alike.
+        domain_weights: what each domain counts, its tokens together; others count 0.  None for all tokens alike.
         worst_domain: plan for the domain that the plan is worst for, instead of for the mixture.
         preserve_groups: keep the router's groups together, so that a permuted checkpoint stays exact.
     """
@@ -112,6 +112,8 @@ class Options:
                 raise CoterieError(f"{name} {value}: must be at least 0")
         if self.time_budget is not None and not self.time_budget > 0:
             raise CoterieError(f"time budget {self.time_budget}: must be above 0 seconds")
+        if self.domain_weights is not None and self.worst_domain:
+            raise CoterieError("domain weights and the worst domain: each domain counts alone there; leave one out")
         for domain, weight in (self.domain_weights or {}).items():
             if not 0 <= weight < math.inf:
                 raise CoterieError(f"weight of domain {domain!r} {weight}: must be a number of at least 0")
@@ -159,6 +161,20 @@ def plan(
         slots_LP = np.stack(list(pool.map(of_layer, range(len(problems)))))
     solver = {"name": strategy, "options": _to_json(options, topology), "seed": options.seed}
     return PlacementMap(profile.model, topology, slots_LP, solver, profile.digest)
+
+
+def options_of(placement: PlacementMap) -> Options:
+    """What a map was planned for: its objective, workload and groups; the defaults for a map of other origin.
+
+    Raises:
+        CoterieError: the map says it in a way that is none.
+    """
+    try:
+        said = placement.solver.get("options") or {}
+        workload = Workload(**{"tokens_per_rank": 4096, **said.get("workload", {})})
+        return Options(said.get("objective", "time"), workload, preserve_groups=bool(said.get("preserve_groups")))
+    except (AttributeError, TypeError) as error:
+        raise CoterieError(f"the plan's solver.options are none ({error}); plan again") from error
 
 
 def layer_problems(profile: Profile, topology: Topology, options: Options) -> list[LayerProblem]:
@@ -274,7 +290,7 @@ def _require_feasible(problem: LayerProblem, layer_id: int) -> None:
     company = max(problem.num_experts - problem.slots_per_rank * (problem.num_ranks - 1) - 1, 0)
     coldest = np.sort(load)[:company].sum()
     hottest = int(load.argmax())
-    room = problem.load_cap * mean - coldest
+    room = problem.load_cap * mean * (1 + 1e-12) - coldest
     copies = np.ceil(load / max(room, 1e-300)) if room > 0 else np.full(len(load), np.inf)
     wanted = float((copies - 1).clip(min=0).sum())
     if wanted > problem.num_redundant:
@@ -282,7 +298,7 @@ def _require_feasible(problem: LayerProblem, layer_id: int) -> None:
         raise CoterieError(
             f"layer {layer_id}: load cap {problem.load_cap:g} cannot be kept, expert {hottest} alone takes "
             f"{load[hottest] / load.sum():.1%} of all picks and a rank's mean is {1 / problem.num_ranks:.1%}; "
-            f"{remedy} load cap of {(load[hottest] + coldest) / mean:.2f} or more"
+            f"{remedy} load cap of {math.ceil(100 * (load[hottest] + coldest) / mean - 1e-9) / 100:.2f} or more"
         )
 
 

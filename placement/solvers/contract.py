@@ -53,6 +53,8 @@ class LayerProblem:
         objective: what to minimise.
         worst_fold: minimise the worst fold instead of the mean over folds.
         together: what all tokens together count beside that mean, 0 to 1.
+        work: float64 (E, F), picks of an expert by a token of the fold on average; None where each set picks an expert
+            once, otherwise of groups, several of whose experts a token may pick.
     """
 
     sets: npt.NDArray[np.int32]
@@ -66,6 +68,7 @@ class LayerProblem:
     objective: Objective = Objective(ingress=1.0)
     worst_fold: bool = False
     together: float = 0.0
+    work: npt.NDArray[np.float64] | None = None
 
     @classmethod
     def from_ids(
@@ -154,7 +157,9 @@ class LayerProblem:
 
     @cached_property
     def expert_load(self) -> npt.NDArray[np.float64]:
-        """Tokens that picked each expert, float64 (E,)."""
+        """Picks of each expert, float64 (E,)."""
+        if self.work is not None:
+            return self.work @ np.bincount(self.folds, self.weights, minlength=self.num_folds)
         picked = self.sets.ravel() >= 0
         weights = np.repeat(self.weights, self.sets.shape[1])
         load = np.bincount(self.sets.ravel()[picked], weights[picked], minlength=self.num_experts)

@@ -50,7 +50,7 @@ def search(
     It starts from the best of the load-only plan and, where there is time for many rounds, those of METIS and of
     spectral clustering once balanced; with several nodes, experts are first placed on nodes, then on the ranks inside
     each, then on all ranks together.  No rank's load exceeds `load_cap` times the mean, or the load-only plan's largest
-    where that is higher.  Redundant experts are then added and everything is searched again, see `anneal.py`.
+    where that is higher; where groups stay together, it is as near as descents come.  Redundant experts are then added and everything is searched again, see `anneal.py`.
 
     Args:
         num_kicks: rounds; if None `KICKS`, or fewer for a large layer.
@@ -78,19 +78,36 @@ def place_once(problem: LayerProblem, rng: np.random.Generator, effort: Effort) 
     else:
         starts = [ranks_of(load_only(problem, rng), problem)]
         if effort.num_kicks >= MANY_KICKS and topology.num_ranks > 1:
-            starts += [_balanced(few, ranks_of(seed(few, rng), few), rng) for seed in (metis, spectral)]
+            starts += [_balanced(few, ranks_of(seed(few, rng), few), anywhere, rng) for seed in (metis, spectral)]
     start = improve(few, tokens, starts, anywhere, rng, effort)
-    if few is problem:
-        return start
-    return improve(problem, prepare(problem), [start], anywhere, rng, replace(effort, num_kicks=0))
+    if few is not problem:
+        start = improve(problem, prepare(problem), [start], anywhere, rng, replace(effort, num_kicks=0))
+    return _within_cap(problem, start, rng)
 
 
-def _balanced(problem: LayerProblem, rank_of: Ints, rng: np.random.Generator) -> Ints:
+def _balanced(problem: LayerProblem, rank_of: Ints, zone_of: Ints, rng: np.random.Generator) -> Ints:
     """Swap the experts of a plan that knows nothing of load until load, counting most, leaves it no better swap."""
-    heavy = replace(problem.objective, load=max(8 * problem.objective.load, problem.objective.ingress))
-    problem = replace(problem, objective=heavy)
+    goal = problem.objective
+    most = max(goal.ingress, goal.node_ingress, goal.fan_out, goal.collaboration)
+    problem = replace(problem, objective=replace(goal, load=max(8 * goal.load, most)))
+    return improve(problem, prepare(problem), [rank_of], zone_of, rng, Effort(0, math.inf))
+
+
+def _within_cap(problem: LayerProblem, rank_of: Ints, rng: np.random.Generator) -> Ints:
+    """The plan, or where its start or the draw that it was made on has let it break the cap, the nearest that keeps it."""
+
+    def highest(plan: Ints) -> float:
+        return float(np.bincount(plan, problem.expert_load, minlength=problem.num_ranks).max())
+
+    even = ranks_of(load_only(problem, rng), problem)
+    mean = problem.expert_load.sum() / problem.num_ranks
+    limit = max(problem.load_cap * mean, highest(even)) * (1 + 1e-12)
+    if highest(rank_of) <= limit:
+        return rank_of
     anywhere = np.zeros(problem.num_experts, dtype=np.int64)
-    return improve(problem, prepare(problem), [rank_of], anywhere, rng, Effort(0, math.inf))
+    balanced = _balanced(problem, rank_of, anywhere, rng)
+    starts = [balanced if highest(balanced) <= limit else even]
+    return improve(problem, prepare(problem), starts, anywhere, rng, Effort(0, math.inf))
 
 
 def ranks_of(slots: Slots, problem: LayerProblem) -> Ints:
@@ -139,6 +156,11 @@ def _place_groups(problem: LayerProblem, rng: np.random.Generator, effort: Effor
     coarse_sets[:, 1:][coarse_sets[:, 1:] == coarse_sets[:, :-1]] = groups
     coarse_sets = np.sort(coarse_sets, axis=1).astype(np.int32)
     coarse_sets[coarse_sets == groups] = -1
+    work = np.zeros((groups, problem.num_folds))
+    for column in problem.sets.T:
+        there = column >= 0
+        np.add.at(work, (group_of[column[there]], problem.folds[there]), problem.weights[there])
+    work /= np.maximum(np.bincount(problem.folds, problem.weights, minlength=problem.num_folds), 1e-300)
     nodes = topology.num_nodes if places % topology.num_nodes == 0 else 1
     coarse = replace(
         problem,
@@ -146,6 +168,7 @@ def _place_groups(problem: LayerProblem, rng: np.random.Generator, effort: Effor
         num_experts=groups,
         num_groups=1,
         topology=Topology(nodes, places // nodes, groups // places),
+        work=work,
     )
     place_of_group = place_once(coarse, rng, effort)
     order = np.argsort(place_of_group, kind="stable")  # groups one after another, as they will lie
@@ -155,4 +178,4 @@ def _place_groups(problem: LayerProblem, rng: np.random.Generator, effort: Effor
     rank_of = (position[group_of] * size + np.arange(problem.num_experts) % size) // problem.slots_per_rank
     if problem.slots_per_rank % size == 0:
         return rank_of
-    return improve(problem, prepare(problem), [rank_of], group_of, rng, effort)
+    return improve(problem, prepare(problem), [_balanced(problem, rank_of, group_of, rng)], group_of, rng, effort)

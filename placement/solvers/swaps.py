@@ -58,6 +58,7 @@ class Tokens(NamedTuple):
     rows: Ints  # rows of the sets that hold an expert, one expert after another
     first_row: Ints  # (E + 1,) where each expert's rows start
     picked: Floats  # (E, F) share of the fold's tokens that pick the expert
+    work: Floats  # (E, F) what the expert adds to its rank's load, in picks by a token of the fold
     mean_load: Floats  # (F,) of a rank, in the same unit
     fold_shares: Floats  # (F,) of all tokens
     counts: Floats  # (F + 1,) what each fold, and last all tokens together, count in the objective
@@ -107,6 +108,7 @@ def prepare(problem: LayerProblem) -> Tokens:
     for column in problem.sets.T:
         there = column >= 0
         np.add.at(picked, (column[there], problem.folds[there]), shares[there])
+    work = picked if problem.work is None else problem.work
     pairs = problem.coactivation.sum() / 2 if problem.objective.collaboration else 0.0
     return Tokens(
         sets=problem.sets,
@@ -115,7 +117,8 @@ def prepare(problem: LayerProblem) -> Tokens:
         rows=order // top_k,
         first_row=np.concatenate([[0], np.cumsum(held)]),
         picked=picked,
-        mean_load=np.maximum(picked.sum(axis=0) / problem.num_ranks, 1e-300),
+        work=work,
+        mean_load=np.maximum(work.sum(axis=0) / problem.num_ranks, 1e-300),
         fold_shares=fold_weight / max(fold_weight.sum(), 1e-300),
         counts=np.append(np.full(num_folds, (1 - problem.together) / num_folds), problem.together),
         coactivation=problem.coactivation / pairs if pairs else np.zeros((problem.num_experts, problem.num_experts)),
@@ -332,7 +335,8 @@ def descend(
         if by_node:
             _tally(tokens.sets[row], fold, share, of_all, node_of, at_node, seen, nodes)
     # The last column, of all tokens together, is the folds' by their shares.
-    picked, mean_load = _with_all(tokens.picked, tokens.fold_shares), np.empty(num_folds + 1)
+    picked, work = _with_all(tokens.picked, tokens.fold_shares), _with_all(tokens.work, tokens.fold_shares)
+    mean_load = np.empty(num_folds + 1)
     mean_load[:num_folds] = tokens.mean_load
     mean_load[num_folds] = (tokens.mean_load * tokens.fold_shares).sum()
     parts = num_folds + (1 if tokens.counts[num_folds] > 0 else 0)
@@ -342,7 +346,7 @@ def descend(
     for expert in range(num_experts):
         rank_load[rank_of[expert]] += load[expert]
         count[rank_of[expert]] += 1
-        fold_load[rank_of[expert]] += picked[expert] / mean_load
+        fold_load[rank_of[expert]] += work[expert] / mean_load
         if weights.collaboration > 0:
             affinity[:, rank_of[expert]] += tokens.coactivation[:, expert]
     # For each fold, and last for all tokens: sums of powers and norms as they are, and powers after a swap.
@@ -415,7 +419,7 @@ def descend(
                     new_fan_out[fold] = fan_out[fold] + new_r + new_s - old_r - old_s
                     at_least += counted * weights.fan_out * new_fan_out[fold]
                 if weights.load > 0:
-                    gained = ((picked[b, fold] if b >= 0 else 0.0) - picked[a, fold]) / mean_load[fold]
+                    gained = ((work[b, fold] if b >= 0 else 0.0) - work[a, fold]) / mean_load[fold]
                     old_r, old_s = fold_load[r, fold], fold_load[s, fold]
                     change = power(old_r + gained, of_load) + power(old_s - gained, of_load)
                     change -= power(old_r, of_load) + power(old_s, of_load)
@@ -488,7 +492,7 @@ def descend(
             count[r] -= 1
             count[s] += 1
         for fold in range(num_folds + 1):
-            change = ((picked[b, fold] if b >= 0 else 0.0) - picked[a, fold]) / mean_load[fold]
+            change = ((work[b, fold] if b >= 0 else 0.0) - work[a, fold]) / mean_load[fold]
             fold_load[r, fold] += change
             fold_load[s, fold] -= change
         if weights.collaboration > 0:
