@@ -208,6 +208,6 @@ def domain_regret(
             "imbalance_ratio": float(np.mean(this.imbalance_ratio)),
             "own_busiest_ingress": float(np.mean(best.busiest_ingress)),
             "own_imbalance_ratio": float(np.mean(best.imbalance_ratio)),
-            "regret": float(np.mean(this.busiest_ingress) / max(np.mean(best.busiest_ingress), 1e-300) - 1),
+            "regret": float(np.mean(this.busiest_ingress) / max(float(np.mean(best.busiest_ingress)), 1e-300) - 1),
         }
     return out

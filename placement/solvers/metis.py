@@ -29,10 +29,11 @@ def metis(problem: LayerProblem, rng: np.random.Generator) -> Slots:
     offsets = np.concatenate([[0], np.cumsum(np.bincount(source, minlength=num_experts))])
     graph = pymetis.CSRAdjacency(offsets.tolist(), neighbours.tolist())
     edge_weights = scaled[source, neighbours].tolist()
+    num_parts = min(num_ranks, num_experts)
     plans = []
     for seed in rng.integers(0, 2**31 - 1, NUM_STARTS).tolist():
         options = pymetis.Options(seed=seed, ufactor=1)
-        _, parts = pymetis.part_graph(min(num_ranks, num_experts), graph, eweights=edge_weights, recursive=True, options=options)
+        _, parts = pymetis.part_graph(num_parts, graph, eweights=edge_weights, recursive=True, options=options)
         equal = with_equal_sizes(np.array(parts, dtype=np.int64), collaboration, num_ranks)
         plans.append(with_best_swaps(equal, collaboration, num_ranks))
     rank_of = max(plans, key=lambda plan: intra_weight(plan, collaboration))

@@ -50,7 +50,8 @@ def search(
     It starts from the best of the load-only plan and, where there is time for many rounds, those of METIS and of
     spectral clustering once balanced; with several nodes, experts are first placed on nodes, then on the ranks inside
     each, then on all ranks together.  No rank's load exceeds `load_cap` times the mean, or the load-only plan's largest
-    where that is higher; where groups stay together, it is as near as descents come.  Redundant experts are then added and everything is searched again, see `anneal.py`.
+    where that is higher; where groups stay together, it is as near as descents come.  Redundant experts are then added
+    and everything is searched again, see `anneal.py`.
 
     Args:
         num_kicks: rounds; if None `KICKS`, or fewer for a large layer.
@@ -94,7 +95,7 @@ def _balanced(problem: LayerProblem, rank_of: Ints, zone_of: Ints, rng: np.rando
 
 
 def _within_cap(problem: LayerProblem, rank_of: Ints, rng: np.random.Generator) -> Ints:
-    """The plan, or where its start or the draw that it was made on has let it break the cap, the nearest that keeps it."""
+    """The plan; where its start, or the draw that it was made on, let it break the cap, one like it that keeps it."""
 
     def highest(plan: Ints) -> float:
         return float(np.bincount(plan, problem.expert_load, minlength=problem.num_ranks).max())
