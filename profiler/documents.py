@@ -153,8 +153,8 @@ def read_documents(
         seed: take the documents of each domain in a random order; None keeps theirs.
 
     Raises:
-        CoterieError: a path is missing, a file is empty or not what its name says, a document has no text, or there are
-            more than 255 domains.
+        CoterieError: a path is missing, a file is empty or not what its name says, a document has no text, a domain's
+            name is no text, or there are more than 255 domains.
     """
     documents: list[Document] = []
     for path in paths:
@@ -165,6 +165,12 @@ def read_documents(
             f"{len(domains)} domains, at most {MAX_DOMAINS} can be told apart; "
             "put files into sub-folders, or give a coarser --domain-field"
         )
+    for domain in domains:
+        try:
+            domain.encode()
+        except UnicodeEncodeError as error:  # a file's name can hold other bytes, JSON half a character
+            place = next(document.place for document in documents if document.domain == domain)
+            raise CoterieError(f"{place}: domain {domain!r} is no UTF-8 text; rename it") from error
     if seed is not None:
         random.Random(seed).shuffle(documents)
         documents.sort(key=lambda document: domains[document.domain])  # stable: each domain stays shuffled

@@ -86,8 +86,8 @@ def domain_table(profile: Profile, num_permutations: int = 299, seed: int = 0) -
     Returns:
         A row for each domain with tokens: `domain`, `tokens`, `sequences`, the columns of `Drift.layers` (mean over
         layers), `drifted`, and `hottest`, the layer and expert that stand out most against the other domains, as "layer
-        3 expert 17 (4.1x)".  Empty where there is one domain only.  Noise and p are NaN for a domain of one sequence,
-        or beside one sequence.
+        3 expert 17 (4.1x)", or "none".  Empty where there is one domain only.  Noise and p are NaN for a domain of one
+        sequence, or beside one sequence.
 
     Raises:
         CoterieError: the profile holds counts only.
@@ -105,7 +105,10 @@ def domain_table(profile: Profile, num_permutations: int = 299, seed: int = 0) -
     rows = []
     for index, found in zip(present, _drifts(profile, tokens, sequence_T, sides, num_permutations, seed), strict=True):
         marked = found.experts[found.experts["second_share"] >= 1 / profile.model.num_experts]
-        top = marked.loc[marked["change"].idxmax()]
+        hottest = "none"
+        if len(marked):  # else no token of the domain picked an expert
+            top = marked.loc[marked["change"].idxmax()]
+            hottest = f"layer {top['layer']:.0f} expert {top['expert']:.0f} ({top['change']:.1f}x)"
         rows.append(
             {
                 "domain": profile.domains[index],
@@ -113,7 +116,7 @@ def domain_table(profile: Profile, num_permutations: int = 299, seed: int = 0) -
                 "sequences": found.num_sequences[1],
                 **found.layers.iloc[-1].drop("layer").to_dict(),
                 "drifted": found.drifted,
-                "hottest": f"layer {top['layer']:.0f} expert {top['expert']:.0f} ({top['change']:.1f}x)",
+                "hottest": hottest,
             }
         )
     return pd.DataFrame(rows)

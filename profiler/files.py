@@ -54,6 +54,11 @@ def _nearest(path: Path) -> Path:
     return next(folder for folder in path.absolute().parents if folder.exists())
 
 
+def behind_link(folder: Path) -> Path:
+    """Where a symlink leads, so that what it leads to is replaced and not the link; else the folder as it is given."""
+    return Path(os.path.realpath(folder)) if folder.is_symlink() else folder
+
+
 def write_json(path: Path, value: object) -> None:
     """Write one artifact as JSON, renamed into place when complete.
 
@@ -124,15 +129,23 @@ def put_in_place(complete: Path, folder: Path) -> None:
     """
     replaced = folder.with_name(f".{folder.name}.replaced")
     try:
-        if folder.exists():
-            shutil.rmtree(replaced, ignore_errors=True)  # else it is what a killed run took away and never replaced
+        if os.path.lexists(folder):
+            _remove(replaced)  # else it is what a killed run took away and never replaced
             folder.replace(replaced)
         complete.replace(folder)
     except OSError as error:
-        if replaced.exists() and not folder.exists():
+        if os.path.lexists(replaced) and not os.path.lexists(folder):
             replaced.replace(folder)
         raise CoterieError(f"{folder}: cannot be written ({error.strerror}); give a writable folder to -o") from error
-    shutil.rmtree(replaced, ignore_errors=True)
+    _remove(replaced)
+
+
+def _remove(folder: Path) -> None:
+    """A folder, or a symlink to one, which `rmtree` would leave."""
+    if folder.is_symlink():
+        folder.unlink()
+    else:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 @contextlib.contextmanager
@@ -186,6 +199,25 @@ def parse_json(text: str) -> Any:
     if "\\ud" in text.lower():
         json.dumps(value, ensure_ascii=False).encode()
     return value
+
+
+def require_text(names: object) -> None:
+    """Check that `parse_json` can read what is written: names of files can hold bytes that are no text.
+
+    Args:
+        names: what JSON takes.
+
+    Raises:
+        CoterieError: some of it cannot; the message shows it.
+    """
+    text = json.dumps(names, ensure_ascii=False)
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        name = text[text.rfind('"', 0, error.start) + 1 : text.find('"', error.end)]
+        raise CoterieError(
+            f"{name!r} is no UTF-8 text, which names of models, domains and files must be; rename it"
+        ) from error
 
 
 def read_json(path: Path, what: str, remedy: str) -> dict[str, Any]:

@@ -22,7 +22,15 @@ from safetensors.numpy import save as to_safetensors
 
 from profiler.counts import Counts
 from profiler.errors import CoterieError
-from profiler.files import parse_json, put_in_place, require_writable_parent, sync, write_bytes
+from profiler.files import (
+    behind_link,
+    parse_json,
+    put_in_place,
+    require_text,
+    require_writable_parent,
+    sync,
+    write_bytes,
+)
 from profiler.spec import MoESpec
 from profiler.trace import TokenTrace
 
@@ -140,7 +148,7 @@ def require_replaceable(folder: Path) -> None:
     others = strangers(folder)
     if others:
         raise CoterieError(f"{folder}: holds {others[0].name}, which replacing would delete; give another name to -o")
-    require_writable_parent(folder)
+    require_writable_parent(behind_link(folder))
 
 
 def strangers(folder: Path) -> list[Path]:
@@ -173,8 +181,10 @@ def finish(
     """Add counts and header to a folder of shards, and give it its name; a profile of that name is replaced.
 
     Raises:
-        CoterieError: something cannot be written; what had that name before is still there then.
+        CoterieError: something cannot be written, or a name is no text; what was there before still is then.
     """
+    require_text([model.to_json(), list(domains), dict(provenance)])  # else what was written could not be read
+    folder = behind_link(folder)
     sync(unfinished / name for name in shard_hashes)
     data = counts_bytes(counts)
     write_bytes(unfinished / "counts.safetensors", data)
@@ -192,8 +202,9 @@ def finish(
     header["header_digest"] = header_digest(header)
     write_bytes(unfinished / "profile.json", (json.dumps(header, indent=2) + "\n").encode())
     put_in_place(unfinished, folder)
+    others = strangers(folder)
     for path in folder.iterdir():  # last, so that a run that is killed before can still go on
-        if path.name != "profile.json" and path.name not in files:
+        if path.name != "profile.json" and path.name not in files and path not in others:
             path.unlink()
 
 

@@ -137,7 +137,7 @@ def load_model(
     if dtype is not None and dtype not in DTYPES:
         raise CoterieError(f"dtype {dtype!r}: must be one of {', '.join(DTYPES)}")
     device = device or default_device()
-    dtype = dtype or ("float32" if device == "cpu" else "auto")
+    dtype = dtype or ("float32" if device.partition(":")[0] == "cpu" else "auto")
     offloading = contextlib.ExitStack()
     offload_folder = None if device_map is None else offloading.enter_context(temporary_folder())
     try:

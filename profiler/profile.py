@@ -15,6 +15,7 @@ import numpy as np
 from profiler import folder as on_disk
 from profiler.counts import Counts, count
 from profiler.errors import CoterieError
+from profiler.files import behind_link
 from profiler.spec import MoESpec
 from profiler.trace import DECODE, PREFILL, TokenTrace
 
@@ -124,7 +125,8 @@ class Profile:
             CoterieError: something that is not a profile already has that name, or the folder cannot be written.
         """
         on_disk.require_replaceable(folder)
-        unfinished = folder.with_name(f".{folder.name}.partial")
+        target = behind_link(folder)
+        unfinished = target.with_name(f".{target.name}.partial")
         shutil.rmtree(unfinished, ignore_errors=True)
         try:
             hashes = dict(on_disk.write_shard(unfinished, number, part) for number, part in enumerate(self._shards()))

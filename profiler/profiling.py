@@ -78,7 +78,7 @@ def profile_model(
         domains,
         max_traced_tokens=max_traced_tokens,
         seed=seed,
-        run={**settings, "text": batches.digest},
+        run={**settings, "text": batches.digest, "model_weights": _identity(loaded.model)},
         resume=resume,
     )
     position = writer.position or {"batches": 0, "tokens": 0, "next_sequence": 0}
@@ -100,8 +100,8 @@ def profile_model(
                     "tokens": position["tokens"] + batch.num_tokens,
                     "next_sequence": recorder.next_sequence,
                 }
+                writer.checkpoint_if_due(position)  # counts what is not counted yet
                 counting = False
-                writer.checkpoint_if_due(position)
                 on_progress(position["tokens"], batches.num_tokens)
     except BaseException:
         if position["batches"] and not counting:  # what was counted ends with a whole batch
@@ -128,10 +128,28 @@ def _run(loaded: LoadedModel, batch: Batch, decode_tokens: int, seed: int) -> No
     if not decode_tokens:
         loaded.model(**inputs, use_cache=False)
         return
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        # The last token that is made is not run.
-        loaded.model.generate(**inputs, max_new_tokens=decode_tokens + 1, do_sample=True, top_k=0, top_p=1.0)
+    from transformers import GenerationConfig  # takes seconds, and the model has it loaded already
+
+    own = loaded.model.generation_config
+    ends = {name: getattr(own, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    # What else a model's own may ask for would bend its distribution, run a prompt several times or keep no cache.
+    loaded.model.generation_config = GenerationConfig(do_sample=True, top_k=0, use_cache=True, **ends)
+    try:
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            loaded.model.generate(**inputs, max_new_tokens=decode_tokens + 1)  # the last one that is made is not run
+    finally:
+        loaded.model.generation_config = own
+
+
+def _identity(model: Any) -> str | dict[str, list[int]] | None:
+    """What tells a model's weights from others: the hub's revision, or size and time of change of a folder's files."""
+    revision: str | None = getattr(model.config, "_commit_hash", None)
+    folder = Path(model.name_or_path)
+    if revision or not model.name_or_path or not folder.is_dir():
+        return revision
+    files = sorted([*folder.glob("*.safetensors"), *folder.glob("*.bin")])
+    return {file.name: [file.stat().st_size, file.stat().st_mtime_ns] for file in files}
 
 
 def _provenance(loaded: LoadedModel) -> dict[str, Any]:

@@ -23,15 +23,28 @@ def inputs_and_mask(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[torc
     """What a forward pass was given, with tokens in its first two dimensions (B, S), and which of them count.
 
     While decoding the mask also covers cached tokens, so that it is wider than S; those of this pass are the last ones.
-    A mask of other than two dimensions, or several by name, say who sees whom, not who counts: all do.
+    Of a mask that says who sees whom, (B, 1, S, places), as static caches get it, those count that see themselves: all
+    but padding.  Other masks do not say who counts: all do.
     """
     inputs: Any = kwargs.get("input_ids", args[0] if args else None)
     if inputs is None:
         inputs = kwargs["inputs_embeds"]
     mask: Any = kwargs.get("attention_mask", args[1] if len(args) > 1 else None)
+    if isinstance(mask, dict):  # one for each kind of layer; in a sliding window places are others
+        mask = mask.get("full_attention")
+    if isinstance(mask, torch.Tensor) and mask.ndim == 4:
+        own = mask[:, 0].diagonal(_num_cached(kwargs), 1, 2)
+        mask = (own >= 0 if own.is_floating_point() else own.bool()).expand(len(inputs), -1)
+        mask = mask if mask.shape[1] == inputs.shape[1] else None
     if not isinstance(mask, torch.Tensor) or mask.ndim != 2:
         mask = torch.ones(inputs.shape[:2], dtype=torch.bool, device=inputs.device)
     return inputs, mask
+
+
+def _num_cached(kwargs: dict[str, Any]) -> int:
+    """Tokens of each row that a forward pass finds in its cache."""
+    cache = kwargs.get("past_key_values")
+    return 0 if cache is None else int(cache.get_seq_length())
 
 
 @dataclass
@@ -39,7 +52,8 @@ class _Pass:
     """One forward pass in flight: its mask, and the selections that its layers have announced so far."""
 
     keep: torch.Tensor  # bool (B, S)
-    goes_on: bool  # with cached tokens of the same sequences
+    num_cached: int  # tokens of each row that ran before
+    first: int  # number of the sequence in its first row
     selections: dict[int, Selection]
 
 
@@ -47,7 +61,8 @@ class Recorder:
     """Record the selected experts of every unmasked token while a model runs.
 
     Hooks observe and return nothing, so outputs are untouched.  Rows of a batch are sequences; a pass that uses
-    cached tokens goes on with the sequences of the pass before it, and is decoding where it adds one token a row.
+    cached tokens is decoding where it adds one token a row, and goes on with the sequences of the pass before it if
+    that was recorded and has as many tokens as are cached.
     Left out: tokens whose attention mask is 0, what `generate` feeds to rows that have ended, and all that runs inside
     `paused`, such as warm-up passes.
 
@@ -96,6 +111,7 @@ class Recorder:
         self._handles: list[RemovableHandle] = []
         self._pass: _Pass | None = None
         self._paused = False
+        self._last: tuple[int, int, int] | None = None  # pass: its first sequence, its rows, tokens of each so far
         self._kept: list[TokenTrace] = []
         self._on_tokens = on_tokens or self._kept.append
 
@@ -134,17 +150,17 @@ class Recorder:
 
     def _before_forward(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self._pass = None
+        last, self._last = self._last, None
         if self._paused:
             return
         inputs, mask = inputs_and_mask(args, kwargs)
         batch, length = inputs.shape[:2]
-        cache = kwargs.get("past_key_values")
-        goes_on = mask.shape[1] > length or (cache is not None and cache.get_seq_length() > 0)
-        goes_on = goes_on and self.next_sequence >= batch
+        num_cached = mask.shape[1] - length or _num_cached(kwargs)
         keep = mask[:, -length:].bool()
-        if goes_on and length == 1 and inputs.ndim == 2:
+        if num_cached and length == 1 and inputs.ndim == 2:
             keep = keep & ~self._ended(inputs)
-        self._pass = _Pass(keep, goes_on, {})
+        first = last[0] if last and last[1:] == (batch, num_cached) else self.next_sequence
+        self._pass = _Pass(keep, num_cached, first, {})
 
     def _ended(self, input_ids: torch.Tensor) -> torch.Tensor:
         """Rows that `generate` feeds only because others are not done: their token is the end, or fills up after it."""
@@ -169,11 +185,10 @@ class Recorder:
         batch, length = current.keep.shape
         keep_T = current.keep.flatten()
         num_tokens = int(keep_T.sum())
-        first = self.next_sequence - batch if current.goes_on else self.next_sequence
         if num_tokens:
             ids_LTK, weights_LTK = self._gather(current.selections, keep_T, num_tokens)
-            sequence_ids = np.repeat(np.arange(first, first + batch, dtype=np.int32), length)
-            decoding = current.goes_on and length == 1
+            sequence_ids = np.repeat(np.arange(current.first, current.first + batch, dtype=np.int32), length)
+            decoding = current.num_cached > 0 and length == 1
             self._on_tokens(
                 TokenTrace(
                     topk_ids=ids_LTK,
@@ -183,7 +198,8 @@ class Recorder:
                     topk_weights=weights_LTK,
                 )
             )
-        self.next_sequence = first + batch
+        self.next_sequence = max(self.next_sequence, current.first + batch)
+        self._last = current.first, batch, current.num_cached + length
 
     def _gather(
         self, selections: dict[int, Selection], keep_T: torch.Tensor, num_kept: int

@@ -24,7 +24,7 @@ from safetensors.numpy import save as to_safetensors
 
 from profiler.counts import Counts, Tally
 from profiler.errors import CoterieError
-from profiler.files import sync, write_bytes
+from profiler.files import behind_link, require_text, sync, write_bytes
 from profiler.folder import (
     CHECKPOINT,
     TOKENS_PER_SHARD,
@@ -153,10 +153,11 @@ class ProfileWriter:
             resume: go on from the checkpoint, if there is one.
 
         Raises:
-            CoterieError: the folder cannot be written, an unfinished run is there and `resume` is not set, or it was
-                another run.
+            CoterieError: the folder cannot be written, a name is no text, an unfinished run is there and `resume` is
+                not set, or it was another run.
         """
         require_replaceable(folder)
+        require_text([model.to_json(), list(domains)])
         if max_traced_tokens is not None and max_traced_tokens < 0:
             raise CoterieError(f"traced tokens {max_traced_tokens}: must be at least 0")
         self.position: dict[str, Any] = {}
@@ -349,7 +350,8 @@ class ProfileWriter:
 
 def unfinished_folder(folder: Path) -> Path:
     """Where a recording lies until it is complete."""
-    return folder.with_name(f"{folder.name}.partial")
+    target = behind_link(folder)
+    return target.with_name(f"{target.name}.partial")
 
 
 def discard_unfinished(folder: Path) -> None:

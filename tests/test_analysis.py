@@ -173,6 +173,14 @@ def test_domains_that_differ_are_named():
     assert shares.groupby("domain")["share"].sum().tolist() == pytest.approx([1, 1])
 
 
+def test_a_domain_that_picked_no_expert_stands_out_nowhere():
+    trace = make_trace(random_ids(0, 1, 60, 8, 2))
+    trace.topk_ids[:, trace.domain_ids == 1] = 255
+    table = domain_table(Profile.from_tokens(make_spec(1, 8, 2), ["a", "b"], trace, {}), 20)
+    assert table["hottest"].tolist()[1] == "none"
+    assert table["tokens"].tolist() == [30, 30]
+
+
 def test_one_domain_has_nothing_to_differ_from():
     trace = make_trace(random_ids(0, 1, 60, 8, 2), num_domains=1)
     assert domain_table(Profile.from_tokens(make_spec(1, 8, 2), ["a"], trace, {})).empty

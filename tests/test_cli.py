@@ -7,12 +7,14 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from conftest import make_spec, make_trace, random_ids, tiny_model
 
 from placement import cli
+from placement.cli.app import progress_bar
 from placement.placement_map import PlacementMap
 from placement.topology import Topology
 from profiler import Profile, zoo
@@ -94,6 +96,7 @@ def bad(tmp_path):
     (tmp_path / "short.json").write_text(json.dumps({"physical_to_logical_map": [list(range(8))]}))
     (tmp_path / "empty.txt").touch()
     (tmp_path / "some.txt").write_text("text")
+    np.savez(tmp_path / "caf\udce9.npz", topk_ids=trace.topk_ids.transpose(1, 0, 2))
     (tmp_path / "broken.json").write_text('{"schema_version": 1, ')
     dense = tmp_path / "dense"
     from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
@@ -119,6 +122,14 @@ MISTAKES = {
     "empty data": (["profile", "--data", "{bad}/empty.txt", "-o", "{bad}/out"], "0 characters of text"),
     "missing data": (["profile", "--data", "{bad}/no.txt", "-o", "{bad}/out"], "no such file or folder"),
     "output is something else": (["profile", "--max-tokens", "9", "-o", "{bad}/dense"], "is not a profile"),
+    "model's name that is no text": (
+        ["import", "numpy", "{bad}/caf\udce9.npz", "-o", "{bad}/ok.profile"],
+        "error: 'caf\\udce9' is no UTF-8 text",
+    ),
+    "file's name that is no text": (
+        ["import", "numpy", "{bad}/caf\udce9.npz", "--name", "cafe", "-o", "{bad}/ok.profile"],
+        "is no UTF-8 text, which names of models, domains and files must be; rename it",
+    ),
     "missing profile": (["plan", "{bad}/nowhere", "--ranks", "2", "-o", "{bad}/out"], "not a profile"),
     "truncated profile": (["plan", "{bad}/cut.profile", "--ranks", "2", "-o", "{bad}/out"], "truncated or edited"),
     "more ranks than experts": (
@@ -357,6 +368,57 @@ def test_a_profile_is_resumed(monkeypatch, capsys, tmp_path):
     assert whole.tokens.num_tokens == 500
     assert whole.tokens.topk_weights is not None
     assert set(whole.split_by_phase()) == {"prefill", "decode"}
+
+
+def test_the_rate_of_a_resumed_run_is_its_own(monkeypatch, capsys, bad):
+    """The first 45 of 60 tokens were recorded by the run that was stopped; 10 seconds for the rest."""
+    from profiler.folder import open_profile
+
+    def go_on(*_, on_progress, **__):
+        on_progress(45, 60)
+        on_progress(60, 60)
+        return open_profile(bad / "ok.profile")
+
+    monkeypatch.setattr("profiler.loading.load_model", lambda *_, **__: None)
+    monkeypatch.setattr("profiler.profiling.profile_model", go_on)
+    monkeypatch.setattr(cli.profiles, "time", SimpleNamespace(perf_counter=iter([0.0, 10.0]).__next__))
+    assert run(monkeypatch, "profile", "--data", bad / "some.txt", "-o", bad / "new", "--resume") == 0
+    assert "60 tokens, 2 tokens/s" in " ".join(capsys.readouterr().err.split())
+
+
+def test_bars_show_the_rate_since_they_began(monkeypatch):
+    shown = []
+    monkeypatch.setattr("rich.progress.Progress.update", lambda *_, **fields: shown.append(fields["rate"]))
+    with progress_bar("tokens") as advance_to:
+        clock = SimpleNamespace(perf_counter=iter([5.0, 5.0, 7.0]).__next__)
+        monkeypatch.setattr(sys.modules["placement.cli.app"], "time", clock)
+        advance_to(900, 1000)
+        advance_to(1000, 1000)
+    assert shown == ["", "50 tokens/s"]
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_too_little_memory_is_one_line(monkeypatch, capsys, device):
+    import torch
+
+    def need_more():
+        if device == "cpu":
+            torch.empty(10**15)
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB.\nSee more.")
+
+    monkeypatch.setattr(cli, "app", need_more)
+    assert run(monkeypatch, "profile") == 1
+    said = capsys.readouterr().err
+    assert said.startswith("error: not enough memory (")
+    assert said.count("\n") == 1
+    assert "llocate" in said
+    assert "give a smaller --batch-size or --sequence-length" in said
+
+
+def test_other_errors_of_the_runtime_come_out_as_they_are(monkeypatch):
+    monkeypatch.setattr(cli, "app", lambda: (_ for _ in ()).throw(RuntimeError("a bug")))
+    with pytest.raises(RuntimeError, match="a bug"):
+        run(monkeypatch, "profile")
 
 
 def test_arrays_are_imported(monkeypatch, capsys, tmp_path):

@@ -183,6 +183,7 @@ def test_files_without_text_are_refused(tmp_path, content, message):
         (b'{"messages": [{"role": "user"}]}', "line 2: 'messages' must be"),
         (b'{"text": "x", "domain": []}', "line 2: domain"),
         (b'{"text": "x", "domain": ""}', "line 2: domain"),
+        (b'{"text": "x", "domain": "\\ud800"}', r"bad.jsonl, byte 17: domain '\\ud800' is no UTF-8 text"),
     ],
 )
 def test_bad_json_lines_are_named(tmp_path, line, message):
@@ -190,6 +191,16 @@ def test_bad_json_lines_are_named(tmp_path, line, message):
     with pytest.raises(CoterieError, match=message) as caught:
         read_documents([tmp_path])
     assert "\n" not in str(caught.value)
+
+
+def test_names_of_files_that_are_no_text_are_refused_as_domains(tmp_path):
+    odd = tmp_path / os.fsdecode(b"caf\xe9.txt")
+    odd.write_text("text")
+    with pytest.raises(CoterieError, match=r"byte 0: domain 'caf\\udce9' is no UTF-8 text; rename it"):
+        read_documents([tmp_path])
+    (tmp_path / "cafe").mkdir()
+    odd.rename(tmp_path / "cafe" / odd.name)  # then it names no domain
+    assert contents(read_documents([tmp_path])) == [("cafe", "text")]
 
 
 def test_missing_paths_and_empty_ones_are_refused(tmp_path, monkeypatch):

@@ -308,6 +308,19 @@ def test_ids_outside_the_model_are_refused(tmp_path):
         read_tensorrt_llm(tmp_path, Known(num_experts=8))
 
 
+def test_layers_behind_the_models_last_one_are_refused(tmp_path):
+    ids = random_ids(0, 3, 30, 8, 2)
+    (tmp_path / "meta_info.json").write_text('{"num_experts": 8, "num_experts_per_token": 2}')
+    counts = {f"0_{layer + 3}": np.bincount(row.ravel(), minlength=8) for layer, row in enumerate(ids)}
+    save_file(counts, tmp_path / "rank0.safetensors")
+    rows = "".join(f"  {layer}: {list(range(8))}\n" for layer in range(6))
+    (tmp_path / "balancer.yaml").write_text(f"num_slots: 8\ninitial_global_assignments:\n{rows}")
+    with pytest.raises(
+        CoterieError, match="layers from 3 on are recorded, the model's last one is 2; give the --model"
+    ):
+        read_tensorrt_llm(tmp_path, Known(layer_ids=(0, 1, 2)), load_balancer=tmp_path / "balancer.yaml")
+
+
 def test_experts_that_moved_while_recording_are_noticed(tmp_path):
     slots = np.tile(np.repeat(np.arange(8), 2), (2, 1))
     physical = random_ids(0, 2, 30, 16, 4).astype(np.int64)  # of another map: some picks become one expert

@@ -1,5 +1,6 @@
 """What engines record comes back as the trace or the counts that it was made from."""
 
+import itertools
 import json
 from dataclasses import replace
 
@@ -33,7 +34,7 @@ from profiler.counts import count
 from profiler.importers.arrays import read_arrays
 from profiler.importers.known import Known, parse_layers
 from profiler.importers.megatron import read_megatron
-from profiler.importers.recording import of_profile
+from profiler.importers.recording import _without_repeats, of_profile
 from profiler.importers.sglang import read_sglang
 from profiler.importers.tensorrt_llm import read_tensorrt_llm
 from profiler.importers.vllm import read_vllm
@@ -304,6 +305,101 @@ def test_completions_of_one_prompt_count_it_once(tmp_path):
     assert set(profile.tokens.sequence_ids.tolist()) == {0}
 
 
+@given(st.integers(1, 10), st.lists(st.integers(1, 6), min_size=1, max_size=4), st.integers(0, 2), st.booleans())
+def test_completions_keep_their_phases_also_where_they_are_equal(folder, prompt, decoded, say, greedy):
+    """How many tokens were decoded is said by each choice, by all together, or only the prompt's length is known."""
+    here, ids = fresh(folder), random_ids(0, 2, prompt + 30, 64, 4).transpose(1, 0, 2)
+    starts = [prompt if greedy else prompt + 7 * place for place in range(len(decoded))]
+    parts = [
+        np.concatenate([ids[:prompt], ids[start : start + length]])
+        for start, length in zip(starts, decoded, strict=True)
+    ]
+    choices = [{"routed_experts": encode_npy(part)} for part in parts]
+    usage = {"prompt_tokens": prompt}
+    if say == 1:
+        usage["completion_tokens"] = sum(decoded) + len(decoded)
+    if say == 2:
+        usage = {}
+        choices = [{**choice, "token_ids": [1] * (n + 1)} for choice, n in zip(choices, decoded, strict=True)]
+    (here / "r.json").write_text(json.dumps({"choices": choices, "usage": usage}))
+    profile = imported(read_vllm([here / "r.json"], Known(num_experts=64)), here)
+    expected = np.concatenate([ids[:prompt], *(part[prompt:] for part in parts)]).transpose(1, 0, 2)
+    assert (profile.tokens.topk_ids == expected).all()
+    assert profile.tokens.phase.tolist() == [0] * prompt + [1] * sum(decoded)
+
+
+def test_phases_of_a_list_of_prompts_are_not_guessed(tmp_path):
+    """The response gives the sum of their lengths, 4 + 6 here, and each prompt's rows may be more."""
+    ids = random_ids(0, 2, 40, 64, 4).transpose(1, 0, 2)
+    choices = [{"routed_experts": encode_npy(part)} for part in (ids[:16], ids[16:])]
+    usage = {"prompt_tokens": 10, "completion_tokens": 13 + 19}
+    (tmp_path / "r.json").write_text(json.dumps({"choices": choices, "usage": usage}))
+    profile = imported(read_vllm([tmp_path / "r.json"], Known(num_experts=64)), tmp_path)
+    assert profile.num_tokens == 40
+    assert not profile.tokens.phase.any()
+
+
+def test_stages_of_a_pipeline_give_counts(tmp_path):
+    """Each rank of TensorRT-LLM then has some of the layers; none of their tokens may vanish."""
+    ids = random_ids(0, 4, 30, 16, 4)
+    (tmp_path / "meta_info.json").write_text(json.dumps({"num_experts": 16, "num_experts_per_token": 4}))
+    for rank, layers in enumerate(([0, 1], [2, 3])):
+        picks = {f"7_{layer}": np.ascontiguousarray(ids[layer]).astype(np.int32) for layer in layers}
+        save_file(picks, tmp_path / f"rank{rank}_raw.safetensors")
+        counts = {key: np.bincount(picked.ravel(), minlength=16) for key, picked in picks.items()}
+        save_file(counts, tmp_path / f"rank{rank}.safetensors")
+    profile = imported(read_tensorrt_llm(tmp_path), tmp_path)
+    assert profile.tokens is None
+    assert profile.num_tokens == 30
+    assert (profile.counts.load == count(make_trace(ids, num_domains=1), make_spec(4, 16, 4), 1).load).all()
+    assert "some layers only" in profile.provenance["raw_files"]
+
+
+def test_micro_batches_that_a_layer_routes_alike_stay_apart(tmp_path):
+    """Each token is a micro-batch; a layer that runs twice on some of them is not paired with their neighbours."""
+    ids = np.array([[[0, 1], [2, 3], [0, 1]], [[4, 5], [4, 5], [6, 7]]])
+    (tmp_path / "router_trace_rank0.jsonl").write_text(
+        "".join(megatron_lines(0, 0, ids[:, token : token + 1]) for token in range(3))
+    )
+    profile = imported(read_megatron(tmp_path, Known(num_experts=8)), tmp_path)
+    assert (profile.tokens.topk_ids == ids).all()
+    twice = [megatron_lines(0, 0, ids[:, token : token + 1]) for token in (0, 1)]
+    twice = [lines + lines.splitlines()[1] + "\n" for lines in twice]  # the second layer only
+    ids[1, 0] = [2, 5]
+    twice[0] = twice[0].replace("[[4, 5]]", "[[2, 5]]")
+    (tmp_path / "router_trace_rank0.jsonl").write_text("".join(twice))
+    profile = imported(read_megatron(tmp_path, Known(num_experts=8)), tmp_path)
+    assert (profile.tokens.topk_ids == ids[:, :2]).all()
+
+
+def test_a_step_that_lacks_a_layer_is_counted_once(tmp_path):
+    ids = random_ids(0, 2, 8, 16, 4)
+    for rank in range(3):
+        whole = megatron_lines(0, rank, ids[:, rank : rank + 2])
+        cut = megatron_lines(1, rank, ids).splitlines(keepends=True)[0]
+        (tmp_path / f"router_trace_rank{rank}.jsonl").write_text(whole + cut)
+    profile = imported(read_megatron(tmp_path, Known(num_experts=16)), tmp_path)
+    assert profile.num_tokens == 6
+    assert profile.provenance["incomplete_steps_left_out"] == 1
+
+
+@given(st.lists(st.integers(0, 2), min_size=1, max_size=30), st.lists(st.integers(0, 30), max_size=5))
+def test_repeats_are_found_wherever_tokens_are_cut(rows, cuts):
+    """A row stays if none of its neighbours is equal, or if it is none of the common ones (here: token 2 is not)."""
+    kinds = random_ids(0, 2, 3, 64, 4)
+    trace = make_trace(kinds[:, rows])
+    common = np.sort(make_trace(kinds).row_hashes()[:2])
+    edges = sorted({0, len(rows), *(cut for cut in cuts if cut < len(rows))})
+    parts = (trace.where(slice(start, stop)) for start, stop in itertools.pairwise(edges))
+    kept = [trace.topk_ids for trace in _without_repeats(parts, common)]
+    expected = [
+        place
+        for place, row in enumerate(rows)
+        if row == 2 or row not in (rows[place - 1 : place] + rows[place + 1 : place + 2])
+    ]
+    assert (np.concatenate([kinds[:, :0], *kept], axis=1) == kinds[:, [rows[place] for place in expected]]).all()
+
+
 def test_the_model_says_the_shape(tmp_path):
     """A config folder gives layers, sizes and top-k, and another model's recording does not fit it."""
     model = tiny_model("deepseek_v3")
@@ -327,6 +423,6 @@ def test_the_model_says_the_shape(tmp_path):
 
 def test_layers_are_parsed():
     assert parse_layers("3-5,9") == (3, 4, 5, 9)
-    for text in ("", "x", "5-3", "1,1", "-1", "0-9999999999"):
+    for text in ("", "x", "5-3", "5-3,7", "1,1", "-1", "0-9999999999"):
         with pytest.raises(CoterieError, match="layers"):
             parse_layers(text)

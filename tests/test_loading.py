@@ -64,6 +64,10 @@ def test_dtypes(asked, expected):
     assert str(load_model(None, "cpu", dtype=asked).model.dtype) == f"torch.{expected}"
 
 
+def test_the_cpu_is_known_by_its_number_too():
+    assert load_model(None, "cpu:0").model.dtype == torch.float32
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

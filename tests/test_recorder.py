@@ -88,6 +88,23 @@ def test_masks_that_say_who_sees_whom_leave_nobody_out():
         assert counted.tolist() == [[True] * 3] * 2
 
 
+@pytest.mark.parametrize("family", ["olmoe", "gpt_oss"])
+def test_static_caches_are_recorded_as_growing_ones(family):
+    """They get masks of who sees whom as long as the whole cache; gpt_oss one for each kind of layer."""
+    model = tiny_model(family)
+    prompt, mask = torch.randint(3, 64, (3, 5)), torch.ones(3, 5, dtype=torch.long)
+    mask[1, :3] = mask[2, :1] = 0
+    traces = []
+    for cache in ("static", "dynamic"):
+        with Recorder(model) as recorder:
+            inputs = {"attention_mask": mask, "max_new_tokens": 4, "min_new_tokens": 4}
+            model.generate(prompt, cache_implementation=cache, **inputs)
+        traces.append(recorder.trace())
+    assert traces[0].num_tokens == 11 + 9
+    for name, array in traces[0].arrays().items():
+        assert (array == traces[1].arrays()[name]).all()
+
+
 def test_decoding_is_told_from_prefill_and_goes_on_with_its_sequences():
     model = tiny_model("olmoe")
     prompt = torch.randint(3, 64, (2, 5))
@@ -114,6 +131,29 @@ def test_one_token_without_a_cache_is_a_sequence_of_its_own():
         model(input_ids=torch.randint(3, 64, (2, 1)), attention_mask=torch.ones(2, 1))
     assert recorder.trace().sequence_ids.tolist() == [0] * 4 + [1] * 4 + [2, 3]
     assert not recorder.trace().phase.any()
+
+
+def test_decoding_after_a_paused_prefill_is_of_new_sequences():
+    model = tiny_model("olmoe")
+    texts, others, more = (torch.randint(3, 64, (2, length)) for length in (8, 8, 1))
+    with torch.no_grad(), Recorder(model) as recorder:
+        model(texts, use_cache=True)
+        with recorder.paused():
+            cache = model(others, use_cache=True).past_key_values
+        for _ in range(2):
+            model(more, past_key_values=cache)
+    trace = recorder.trace()
+    assert trace.phase.tolist() == [PREFILL] * 16 + [DECODE] * 4
+    assert trace.sequence_ids.tolist() == [0] * 8 + [1] * 8 + [2, 3] * 2
+
+
+def test_decoding_of_an_earlier_batch_is_not_filed_under_the_last_one():
+    model = tiny_model("olmoe")
+    with torch.no_grad(), Recorder(model) as recorder:
+        cache = model(torch.randint(3, 64, (2, 8)), use_cache=True).past_key_values
+        model(torch.randint(3, 64, (2, 5)), use_cache=True)
+        model(torch.randint(3, 64, (2, 1)), past_key_values=cache)
+    assert not set(recorder.trace().sequence_ids[-2:].tolist()) & {2, 3}
 
 
 def test_hooks_are_gone_afterwards_even_after_an_error():

@@ -2,10 +2,12 @@
 
 import errno
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +18,7 @@ from hypothesis import strategies as st
 
 import profiler.files
 from profiler import CoterieError, Profile, ProfileWriter, zoo
+from profiler.counts import Tally
 from profiler.documents import read_documents
 from profiler.folder import open_profile
 from profiler.loading import load_model
@@ -198,13 +201,13 @@ record_embedded_model(Path(sys.argv[1]))
 """
 
 
-def record_embedded_model(folder, resume=False):
+def record_embedded_model(folder, resume=False, max_tokens=3_000):
     texts = folder.with_name("texts")
     texts.mkdir(exist_ok=True)
     for path in sorted(zoo.HELD_OUT.iterdir())[:2]:
         (texts / path.name).write_text(path.read_text(encoding="utf-8")[:8000], encoding="utf-8")
     documents = read_documents([str(texts)])
-    sizes = {"max_tokens": 3_000, "sequence_length": 64, "batch_size": 2}
+    sizes = {"max_tokens": max_tokens, "sequence_length": 64, "batch_size": 2}
     return profile_model(load_model(None), documents, folder, resume=resume, **sizes)
 
 
@@ -222,6 +225,115 @@ def test_a_killed_process_resumes(tmp_path, monkeypatch):
     resumed = record_embedded_model(tmp_path / "killed", resume=True)
     assert contents(tmp_path / "killed") == contents(tmp_path / "whole")
     assert resumed.digest == whole.digest
+
+
+def test_stopped_while_a_checkpoint_counts(tmp_path, monkeypatch):
+    """What was half counted then is not kept: the run goes on from the checkpoint before."""
+    monkeypatch.setattr("profiler.writer.CHECKPOINT_SECONDS", 0.0)
+    monkeypatch.setattr("profiler.writer.CHECKPOINT_SHARE", 1e9)
+    whole = record_embedded_model(tmp_path / "whole", max_tokens=1_000)
+    count_all, calls = Tally.add, iter(range(1000))
+
+    def interrupted(tally, trace):
+        if next(calls) == 3:
+            count_all(tally, trace.where(slice(20)))
+            raise KeyboardInterrupt
+        count_all(tally, trace)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("profiler.writer.Tally.add", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            record_embedded_model(tmp_path / "cut", max_tokens=1_000)
+    assert unfinished_folder(tmp_path / "cut").exists()
+    assert record_embedded_model(tmp_path / "cut", resume=True, max_tokens=1_000).digest == whole.digest
+
+
+def test_other_weights_do_not_go_on(tmp_path, monkeypatch):
+    monkeypatch.setattr("profiler.writer.CHECKPOINT_SECONDS", 0.0)
+    shutil.copytree(zoo.MODEL, tmp_path / "model")
+    loaded, documents = load_model(str(tmp_path / "model"), "cpu"), read_documents([zoo.HELD_OUT])
+    out, sizes = tmp_path / "run", {"max_tokens": 500, "sequence_length": 50, "batch_size": 2}
+
+    def stop(done, _total):
+        if done >= 300:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        profile_model(loaded, documents, out, on_progress=stop, **sizes)
+    stamp = os.stat(tmp_path / "model" / "model.safetensors")
+    os.utime(tmp_path / "model" / "model.safetensors", ns=(0, stamp.st_mtime_ns + 1))
+    with pytest.raises(CoterieError, match="model_weights was .*, now it is .*; go on with the same, or remove it"):
+        profile_model(loaded, documents, out, resume=True, **sizes)
+    os.utime(tmp_path / "model" / "model.safetensors", ns=(0, stamp.st_mtime_ns))
+    assert profile_model(loaded, documents, out, resume=True, **sizes).num_tokens == 500
+
+
+def test_decoding_is_the_models_own_whatever_its_generation_config_says(tmp_path):
+    loaded, documents = load_model(None, "cpu"), read_documents([zoo.HELD_OUT])
+    sizes = {"max_tokens": 100, "sequence_length": 20, "batch_size": 3, "decode_tokens": 3}
+    expected = profile_model(loaded, documents, tmp_path / "plain", **sizes)
+    own = loaded.model.generation_config
+    odd = {"use_cache": False, "temperature": 0.1, "repetition_penalty": 9.0, "num_beams": 2, "num_return_sequences": 2}
+    for name, value in {**odd, "min_p": 0.5, "cache_implementation": "static", "no_repeat_ngram_size": 1}.items():
+        setattr(own, name, value)
+    assert profile_model(loaded, documents, tmp_path / "odd", **sizes).digest == expected.digest
+    assert loaded.model.generation_config is own
+    phases = Profile.load_from(tmp_path / "odd").split_by_phase()
+    assert (phases["prefill"].num_tokens, phases["decode"].num_tokens > 0) == (100, True)
+
+
+def test_going_on_keeps_what_others_put_there(tmp_path):
+    feed(ProfileWriter(tmp_path / "run", SPEC, DOMAINS), range(5))
+    (unfinished_folder(tmp_path / "run") / "mine").mkdir()
+    (unfinished_folder(tmp_path / "run") / "mine.txt").write_text("mine")
+    resumed = ProfileWriter(tmp_path / "run", SPEC, DOMAINS, resume=True)
+    feed(resumed)
+    assert resumed.finish({}).num_tokens == 1000
+    assert (tmp_path / "run" / "mine").is_dir()
+    assert (tmp_path / "run" / "mine.txt").read_text() == "mine"
+    assert not (tmp_path / "run" / "checkpoint").exists()
+
+
+def test_a_link_is_written_through(tmp_path):
+    """Another disk, say; the unfinished folder is beside the profile, so that it can be renamed."""
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "run").symlink_to(tmp_path / "disk" / "profile")
+    for _ in range(3):
+        writer = ProfileWriter(tmp_path / "run", SPEC, DOMAINS)
+        feed(writer, range(5))
+        assert [path.name for path in (tmp_path / "disk").glob("*.partial")] == ["profile.partial"]
+        assert writer.finish({}).folder == tmp_path / "run"
+        Profile.from_tokens(SPEC, DOMAINS, TRACE, {}).save(tmp_path / "run")
+    assert (tmp_path / "run").is_symlink()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["disk", "run"]
+    assert [path.name for path in (tmp_path / "disk").iterdir()] == ["profile"]
+
+
+def test_what_replaces_a_link_can_be_replaced(tmp_path):
+    """Folders that are put in place without asking what is behind a link."""
+    (tmp_path / "run").symlink_to(tmp_path / "nowhere")
+    for number in range(3):
+        (tmp_path / "new").mkdir()
+        (tmp_path / "new" / str(number)).touch()
+        profiler.files.put_in_place(tmp_path / "new", tmp_path / "run")
+        assert [path.name for path in tmp_path.rglob("*")] == ["run", str(number)]
+
+
+def test_names_that_are_no_text_cost_no_profile(tmp_path):
+    """Bytes that are no UTF-8, in names of files, or half a character in JSON."""
+    with pytest.raises(CoterieError, match=r"caf\\udce9.*is no UTF-8 text.*rename it"):
+        ProfileWriter(tmp_path / "run", SPEC, ["prose", "caf\udce9"])
+    with pytest.raises(CoterieError, match="is no UTF-8 text"):
+        ProfileWriter(tmp_path / "run", replace(SPEC, name="caf\udce9"), DOMAINS)
+    for _ in range(2):
+        writer = ProfileWriter(tmp_path / "run", SPEC, DOMAINS)
+        writer.add(TRACE)
+        if (tmp_path / "run").exists():
+            with pytest.raises(CoterieError, match="is no UTF-8 text"):
+                writer.finish({"imported_from": "caf\udce9.npz"})
+        else:
+            writer.finish({})
+    assert open_profile(tmp_path / "run").num_tokens == 1000
 
 
 def test_a_recording_that_fails_before_its_first_checkpoint_leaves_nothing(tmp_path, monkeypatch):

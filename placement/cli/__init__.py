@@ -11,12 +11,13 @@ import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import NoReturn
 
 from rich.console import Console
 
 from placement.cli import constraints, exports, imports, insights, plans, profiles, runs
 from placement.cli.app import app
-from profiler.errors import CoterieError
+from profiler.errors import CoterieError, first_line
 from profiler.files import can_be_written, temporary_folder
 
 __all__ = ["app", "constraints", "exports", "imports", "insights", "main", "plans", "profiles", "runs"]
@@ -38,6 +39,16 @@ def _place_for_compiled() -> Iterator[None]:
             del os.environ["NUMBA_CACHE_DIR"]
 
 
+def _lacks_memory(error: BaseException) -> bool:
+    """Whether torch, which may not be imported here, found too little on an accelerator or the CPU."""
+    return type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in str(error)
+
+
+def _stop(one_line: str) -> NoReturn:
+    Console(stderr=True, soft_wrap=True, markup=False, highlight=False).print(f"error: {one_line}")
+    sys.exit(1)
+
+
 def main() -> None:
     """Run the command line; a mistake that the user can mend is one line and exit code 1."""
     for stream in (sys.stdout, sys.stderr):
@@ -48,6 +59,8 @@ def main() -> None:
             app()
     except (CoterieError, OSError, MemoryError) as error:  # what the system itself refuses is the user's to mend too
         message = f"{error.filename}: {error.strerror}" if isinstance(error, OSError) and error.filename else str(error)
-        one_line = " ".join(message.split()) or "not enough memory"
-        Console(stderr=True, soft_wrap=True, markup=False, highlight=False).print(f"error: {one_line}")
-        sys.exit(1)
+        _stop(" ".join(message.split()) or "not enough memory")
+    except RuntimeError as error:
+        if not _lacks_memory(error):
+            raise
+        _stop(f"not enough memory ({first_line(error)}); give a smaller --batch-size or --sequence-length")

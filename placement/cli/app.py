@@ -94,11 +94,14 @@ def progress_bar(unit: str) -> Iterator[Callable[[int, int], None]]:
     columns = (BarColumn(), MofNCompleteColumn(), TextColumn(unit), TextColumn("{task.fields[rate]}"))
     with Progress(*columns, TimeRemainingColumn(), console=notes, transient=True) as progress:
         task = progress.add_task(unit, total=None, rate="")
-        started = time.perf_counter()
+        began: list[tuple[int, float]] = []
 
         def advance_to(done: int, total: int) -> None:
-            rate = done / max(time.perf_counter() - started, 1e-9)
-            progress.update(task, completed=done, total=total, rate=f"{rate:,.0f} {unit}/s" if done else "")
+            if not began:
+                began.append((done, time.perf_counter()))
+            first, started = began[0]  # of a run that goes on, some were done before
+            rate = (done - first) / max(time.perf_counter() - started, 1e-9)
+            progress.update(task, completed=done, total=total, rate=f"{rate:,.0f} {unit}/s" if done > first else "")
 
         yield advance_to
 

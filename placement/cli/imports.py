@@ -32,7 +32,7 @@ LEFT_OUT = {
     "layers_left_out": "left out layers {}, which are none of the model's MoE layers",
     "rows_not_captured": "left out {} rows of responses that the engine has not filled",
     "rows_of_a_shared_prompt": "counted once {} rows of a prompt that several completions share",
-    "ranks_that_counted_each_token": "each token was counted by {} ranks; the counts are divided by that",
+    "ranks_that_counted_each_token": "each token seems to be counted by {} ranks; the counts are divided by that",
     "raw_files": "the files with the picks of each token are {}",
     "approximate": "{}",
 }

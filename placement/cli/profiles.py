@@ -89,9 +89,16 @@ def profile(
     with waiting(f"loading {model or zoo.NAME}"):
         loaded = load_model(model, device, device_map=device_map, dtype=dtype)
     started = time.perf_counter()
+    before: list[float] = []  # share of the text that a run that was stopped has done
     try:
         alike = RouterSimilarity(loaded.model, loaded.name) if similarity else contextlib.nullcontext()
         with progress_bar("tokens") as advance_to, alike:
+
+            def on_progress(done: int, total: int) -> None:
+                if not before:
+                    before.append(done / total)
+                advance_to(done, total)
+
             recorded = profile_model(
                 loaded,
                 documents,
@@ -105,7 +112,7 @@ def profile(
                 weights=weights,
                 seed=seed or 0,
                 resume=resume,
-                on_progress=advance_to,
+                on_progress=on_progress,
             )
     except KeyboardInterrupt:
         left = unfinished_folder(out)
@@ -115,7 +122,7 @@ def profile(
     if similarity and isinstance(alike, RouterSimilarity):
         alike.table().save(similarity)
         notes.print(f"wrote {similarity}")
-    show_profile(recorded, as_json, f"{recorded.num_tokens / seconds:,.0f} tokens/s")
+    show_profile(recorded, as_json, f"{(1 - before[0]) * recorded.num_tokens / seconds:,.0f} tokens/s")
 
 
 @profile_app.command()

@@ -116,8 +116,9 @@ def parse_layers(text: str) -> tuple[int, ...]:
             raise CoterieError(f"layers {text!r}: must be numbers and ranges such as 3-60 or 1,3,5")
         if dash and int(last) - int(first) > 100_000:
             raise CoterieError(f"layers {text!r}: no model has so many; give the numbers of its MoE layers")
-        layers += range(int(first), int(last if dash else first) + 1)
-    if not layers or layers != sorted(set(layers)):
+        # A range that runs backwards is empty; its ends are not ascending.
+        layers += range(int(first), int(last if dash else first) + 1) or (int(first), int(last))
+    if layers != sorted(set(layers)):
         raise CoterieError(f"layers {text!r}: must be distinct and ascending")
     return tuple(layers)
 

@@ -93,9 +93,10 @@ def read_megatron(
         sequence = 0
         for steps in _in_step(paths):
             seen: set[bytes] = set()
+            incomplete = False
             for path, step in steps:
                 calls = _calls(step, model.layer_ids)
-                provenance["incomplete_steps_left_out"] += calls is None
+                incomplete |= calls is None
                 for ids_LTK in calls or []:
                     content = ids_LTK.tobytes()
                     if content in seen:
@@ -106,6 +107,7 @@ def read_megatron(
                     trace = one_sequence(ids_LTK, model, sequence, decode=decode, where=where)
                     sequence += 1
                     yield trace
+            provenance["incomplete_steps_left_out"] += incomplete  # once, however many ranks
 
         if sequence == 0:
             raise CoterieError(
@@ -120,13 +122,16 @@ def _calls(step: _Step, layer_ids: tuple[int, ...]) -> list[Ids] | None:
 
     With activation recomputation a layer runs twice on the same tokens, which gives two equal records.
     """
-    layers = []
-    for layer_id in layer_ids:
-        different = {ids_TK.tobytes(): ids_TK for ids_TK in step.calls.get(layer_id, [])}
-        layers.append(list(different.values()))
+    layers = [step.calls.get(layer_id, []) for layer_id in layer_ids]
+    if len({len(calls) for calls in layers}) > 1:  # only some layers run twice
+        layers = [_different(calls) for calls in layers]
     if len({tuple(len(ids_TK) for ids_TK in calls) for calls in layers}) > 1:
         return None
-    return [np.stack(parts) for parts in zip(*layers, strict=True) if len(parts[0])]
+    return _different([np.stack(parts) for parts in zip(*layers, strict=True) if len(parts[0])])
+
+
+def _different(arrays: list[Ids]) -> list[Ids]:
+    return list({ids.tobytes(): ids for ids in arrays}.values())
 
 
 def _in_step(paths: list[Path]) -> Iterator[list[tuple[Path, _Step]]]:

@@ -5,6 +5,7 @@ Tokens are read again from the files when they are needed again, so that memory 
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -104,16 +105,19 @@ def _together(traces: Iterator[TokenTrace]) -> Iterator[TokenTrace]:
 
 
 def _without_repeats(traces: Iterator[TokenTrace], rows: npt.NDArray[np.uint64]) -> Iterator[TokenTrace]:
-    last: npt.NDArray[np.uint64] = np.empty(0, dtype=np.uint64)
-    for trace in traces:
-        hashes = trace.row_hashes()
-        around = np.concatenate([last, hashes])
+    none: npt.NDArray[np.uint64] = np.empty(0, dtype=np.uint64)
+    before = none
+    hashed = ((trace, trace.row_hashes()) for trace in traces)
+    for (trace, hashes), (_, after) in itertools.pairwise(itertools.chain(hashed, [(None, none)])):
+        assert trace is not None
+        around = np.concatenate([before, hashes, after[:1]])
         same = around[1:] == around[:-1]  # as its neighbour
         beside = np.zeros(len(around), dtype=np.bool_)
         beside[1:] |= same
         beside[:-1] |= same
-        last = hashes[-1:]
-        kept = trace.where(~(beside[-len(hashes) :] & np.isin(hashes, rows)))
+        own = slice(len(before), len(before) + len(hashes))
+        before = hashes[-1:]
+        kept = trace.where(~(beside[own] & np.isin(hashes, rows)))
         if kept.num_tokens:
             yield kept
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import base64
 import binascii
+import itertools
 import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -35,6 +36,8 @@ class EncodedIds:
         response: number of the response it is in; completions of one prompt share it.
         num_tokens: that were run, if the response says; None if not.
         num_decoded: of these, by decoding.
+        num_prompt: tokens of the prompt, or of all prompts if the response has several.
+        num_completed: tokens of all completions of the response.
     """
 
     where: str
@@ -42,6 +45,8 @@ class EncodedIds:
     response: int
     num_tokens: int | None
     num_decoded: int | None
+    num_prompt: int | None
+    num_completed: int | None
 
     def decode(self) -> bytes:
         """What the base64 stands for.
@@ -106,17 +111,20 @@ def read_responses(
     if known.num_experts is None:
         provenance["num_experts_from"] = "the highest id"
 
+    def in_turn() -> Iterator[tuple[EncodedIds, Ids, int, int]]:
+        """All completions with their ids, rows that were decoded, and rows of a prompt that came before."""
+        for _, completions in itertools.groupby(_find_all(files), key=lambda encoded: encoded.response):
+            together = [(encoded, decode(encoded, known)[:, list(model.layer_ids)]) for encoded in completions]
+            prompt = together[0][1]
+            for (encoded, ids_TLK), decoded in zip(together, _num_decoded(together), strict=True):
+                shared = 0 if ids_TLK is prompt else min(_shared_rows(prompt, ids_TLK), len(ids_TLK) - decoded)
+                yield encoded, ids_TLK, decoded, shared
+
     def traces() -> Iterator[TokenTrace]:
         provenance["rows_not_captured"] = provenance["rows_of_a_shared_prompt"] = 0
-        response, prompt = -1, np.empty((0, model.num_layers, top_k), dtype=np.int64)
-        for encoded in _find_all(files):
-            ids_TLK = decode(encoded, known)[:, list(model.layer_ids)]
-            decoded = min(encoded.num_decoded or 0, len(ids_TLK))
+        for encoded, ids_TLK, decoded, shared in in_turn():
             phase = np.full(len(ids_TLK), PREFILL, dtype=np.uint8)
             phase[len(ids_TLK) - decoded :] = DECODE
-            shared = _shared_rows(prompt, ids_TLK) if encoded.response == response else 0
-            if encoded.response != response:
-                response, prompt = encoded.response, ids_TLK
             # Zeros in all layers are what the buffers hold before a token is run.
             captured: npt.NDArray[np.bool_] = np.any((ids_TLK > 0) | (top_k == 1), axis=(1, 2))
             provenance["rows_not_captured"] += int((~captured[shared:]).sum())
@@ -135,6 +143,20 @@ def read_responses(
             yield trace
 
     return Recording(model, (domain,), traces, None, provenance)
+
+
+def _num_decoded(completions: Sequence[tuple[EncodedIds, Ids]]) -> list[int]:
+    """Of each completion of one response, the rows that were decoded; 0 where it does not say."""
+    rows = sum(len(ids) for _, ids in completions)
+    numbers = []
+    for encoded, ids in completions:
+        decoded, prompt, completed = encoded.num_decoded, encoded.num_prompt, encoded.num_completed
+        if decoded is None and prompt is not None:
+            # Of a list of prompts the response gives the sum, which tells nothing of each.
+            one_prompt = completed is None or completed == rows - len(completions) * (prompt - 1)
+            decoded = len(ids) - prompt if one_prompt else None
+        numbers.append(min(max(decoded or 0, 0), len(ids)))
+    return numbers
 
 
 def _shared_rows(first: Ids, second: Ids) -> int:
@@ -174,17 +196,19 @@ def _find(value: Any, where: str, response: int, usage: dict[str, Any], depth: i
         for item in value:
             yield from _find(item, where, response, usage, depth + 1)
         return
-    choices = value.get("choices")
-    if isinstance(value.get("usage"), dict) and isinstance(choices, list) and len(choices) == 1:
-        usage = value["usage"]
+    choices, totals = value.get("choices"), value.get("usage")
+    if isinstance(totals, dict) and isinstance(choices, list):
+        # Of several choices these are the tokens of all of them.
+        of_one_or_all = "completion_tokens" if len(choices) == 1 else "of_all_choices"
+        usage = {"prompt_tokens": totals.get("prompt_tokens"), of_one_or_all: totals.get("completion_tokens")}
     if isinstance(value.get("routed_experts"), str):
-        own = {**usage, **value}
-        prompt, completion = own.get("prompt_tokens"), own.get("completion_tokens")
+        own = {key: number for key, number in {**usage, **value}.items() if type(number) is int}
+        prompt, completion, of_all = (own.get(k) for k in ("prompt_tokens", "completion_tokens", "of_all_choices"))
         if isinstance(value.get("token_ids"), list):  # of vLLM's choices
             completion = len(value["token_ids"])
-        decoded = completion - 1 if type(completion) is int and completion > 0 else None
-        num_tokens = prompt + decoded if type(prompt) is int and decoded is not None else None
-        yield EncodedIds(where, value["routed_experts"], response, num_tokens, decoded)
+        decoded = completion - 1 if completion is not None and completion > 0 else None
+        num_tokens = None if prompt is None or decoded is None else prompt + decoded
+        yield EncodedIds(where, value["routed_experts"], response, num_tokens, decoded, prompt, of_all)
     for name, inner in value.items():
         if name != "routed_experts":
             yield from _find(inner, where, response, usage, depth + 1)

@@ -72,6 +72,11 @@ def read_tensorrt_llm(
         raise CoterieError(f"{folder}: holds no counts; record while requests are served")
     last = known.layer_ids[-1] if known.layer_ids else all_layers[-1]
     layers = [layer for layer in all_layers if layer <= last]
+    if not layers:
+        raise CoterieError(
+            f"{folder}: layers from {all_layers[0]} on are recorded, the model's last one is {last}; give the --model "
+            "that was recorded"
+        )
     expert_of_slot, num_experts = _assignments(load_balancer, layers, num_slots, known.num_experts, folder)
     model = known.to_spec(folder.name, layers, top_k, num_experts)
     provenance: dict[str, Any] = {"imported_from": [folder.name], "format": "tensorrt-llm"}
@@ -95,10 +100,10 @@ def read_tensorrt_llm(
         np.add.at(passes[number], (np.arange(len(layers))[:, None], expert_of_slot), total_LP)
     if copies:
         provenance["records_of_the_same_tokens"] = copies
-    if raw and set(_numbers(raw)) == set(_numbers(counts)) and _all_there(raw, counts, keys):
+    if raw and set(_numbers(raw)) == set(_numbers(counts)) and _all_there(raw, counts, keys, layers):
         return _of_tokens(raw, model, expert_of_slot, iterations, domain, decode, provenance)
     if raw:
-        provenance["raw_files"] = "passed over: they hold fewer tokens than were counted"
+        provenance["raw_files"] = "passed over: they hold fewer tokens than were counted, or a rank's some layers only"
     load_LE, tokens, dummies = count_passes(passes, top_k)
     if dummies:
         provenance["dummy_tokens_dropped"] = dummies
@@ -166,10 +171,14 @@ def _assignments(
     return table.astype(np.int64), int(table.max()) + 1
 
 
-def _all_there(raw: list[Path], counts: list[Path], keys: Mapping[Path, set[Key]]) -> bool:
-    """Whether the raw files hold as many picks as were counted: of a layer that runs in chunks they keep the last."""
+def _all_there(raw: list[Path], counts: list[Path], keys: Mapping[Path, set[Key]], layers: list[int]) -> bool:
+    """Whether the raw files hold as many picks as were counted: of a layer that runs in chunks they keep the last.
+
+    And whether each has all layers of its iterations, which a stage of pipeline parallelism has not.
+    """
     for path, counted in zip(raw, counts, strict=True):
-        if set(_keys(path)) != keys[counted]:
+        wanted = {(iteration, layer) for iteration, other in keys[counted] if other in layers for layer in layers}
+        if set(_keys(path)) != keys[counted] or not wanted <= keys[counted]:
             return False
         for key in keys[counted]:
             if _read(path, key, (None, None)).size != _read(counted, key, (None,)).sum():
