@@ -278,7 +278,8 @@ FITTED = {
 
 def main() -> None:
     if not FOLDER.is_dir():
-        raise SystemExit(f"{FOLDER}: no such folder; name the one with measured times in COTERIE_HARDWARE")
+        print(f"no measured times at {FOLDER}; set COTERIE_HARDWARE")
+        return
     constants, rows = [], []
     for measured, links in measurements():
         rows += measured.errors(links)

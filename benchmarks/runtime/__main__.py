@@ -105,6 +105,9 @@ def make_plans(demo: Path) -> None:
         suffix = f"{ranks_per_node}" if num_nodes == 1 else f"{num_nodes}x{ranks_per_node}"
         for strategy in strategies:
             plan(calibration, topology, strategy).save(WORK / f"{strategy}-{suffix}.json")
+    if not traces.FOLDER.is_dir():
+        print(f"no recorded traces at {traces.FOLDER}, so nothing to replay; set COTERIE_TRACES")
+        return
     for name in REPLAYED:
         planned, unseen = traces.load(name, EVERY_NTH_LAYER).split_by_sequence()
         unseen.save(WORK / f"{name}.profile")

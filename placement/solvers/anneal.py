@@ -22,7 +22,6 @@ import numpy.typing as npt
 from placement.choice import choose, ranks_of_experts
 from placement.solvers.contract import LayerProblem, Slots
 from placement.solvers.copies import with_copies
-from placement.solvers.load import load as load_only
 from placement.solvers.swaps import DOUBLINGS, Effort, Tokens, Weights, over_folds, power, prepare, root, weights_of
 
 Floats = npt.NDArray[np.float64]
@@ -38,7 +37,7 @@ LOAD_COUNTS = 6.0
 """How much more load weighs here than without copies: these balance nearly any load, for a little of the traffic."""
 
 EXCESS_COUNTS = 5.0
-"""Shares of the objective that each share of the mean load above the load-only plan's busiest rank costs."""
+"""Shares of the objective that each share of the mean load above the load cap costs."""
 
 HOTTEST = 0.002
 """Share of the objective by which a change may be worse and still be kept once in e times at the start."""
@@ -56,8 +55,6 @@ def search_copies(problem: LayerProblem, slots: Slots, rng: np.random.Generator,
     shape = (topology.num_nodes, topology.ranks_per_node, topology.slots_per_rank)
     tokens, weights = prepare(_mixed(problem.drawn(MAX_SETS, rng), rng)), weights_of(problem)
     weights = weights._replace(load=LOAD_COUNTS * weights.load)
-    balanced = _served(tokens, _room_for_copies(load_only(problem, rng), problem), shape)
-    load_cap = min(problem.load_cap, _highest_load(balanced, tokens))
     ranks_EX = _room_for_copies(slots, problem)
     served = _served(tokens, ranks_EX, shape)
     best, best_value = slots.copy(), np.array([np.inf])
@@ -72,7 +69,7 @@ def search_copies(problem: LayerProblem, slots: Slots, rng: np.random.Generator,
             served,
             shape,
             weights,
-            load_cap,
+            problem.load_cap,
             problem.worst_fold,
             (first, min(first + CHUNK, num_tries), num_tries),
             best,
@@ -277,14 +274,11 @@ def _value(served: Served, tokens: Tokens, weights: Weights, load_cap: float, wo
 
 @numba.njit(cache=True, nogil=True)
 def _highest_load(served: Served, tokens: Tokens) -> float:
-    """The busiest rank's load over the mean, averaged over folds."""
-    out = 0.0
-    for fold in range(len(tokens.fold_shares)):
-        highest = 0.0
-        for load in served.load[:, fold]:
-            highest = max(highest, load)
-        out += tokens.fold_shares[fold] * highest / tokens.mean_load[fold]
-    return out
+    """The busiest rank's load over the mean, of all tokens together."""
+    highest = 0.0
+    for load in served.load:
+        highest = max(highest, (load * tokens.fold_shares).sum())
+    return float(highest / (tokens.mean_load * tokens.fold_shares).sum())
 
 
 @numba.njit(cache=True, nogil=True)
