@@ -277,3 +277,11 @@ def test_peers_are_as_strong_as_known_on_recorded_routing(halves, name, fan_out,
         ingress, load = (served > 0).mean(axis=0), served.sum(axis=0)
         figures.append((ingress.sum(), ingress.max(), load.max() / load.mean()))
     assert (np.mean(figures, axis=0) <= (fan_out, busiest_ingress, imbalance_ratio)).all()
+
+
+def test_metis_is_not_asked_for_more_parts_than_there_are_experts(capfd):
+    """It would complain on stdout, in the middle of a table or of JSON."""
+    problem = LayerProblem.from_ids(random_ids(0, 1, 50, 4, 2)[0], 4, Topology(1, 12, 1), 1.1, num_redundant=8)
+    slots = importlib.import_module("placement.solvers.metis").metis(problem, np.random.default_rng(0))
+    assert set(slots.tolist()) == {0, 1, 2, 3}
+    assert capfd.readouterr().out == ""
