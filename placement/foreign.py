@@ -149,7 +149,7 @@ def _ascend_rows(value: dict[str, Any], path: Path, num_ranks: int | None) -> np
 
 
 def _read_tensor(path: Path) -> npt.NDArray[Any] | dict[str, Any]:
-    """EPLB's tensor, or SGLang's dictionary with arrays in it."""
+    """EPLB's tensor, or SGLang's dictionary with an array or lists in it."""
     try:
         if path.suffix == ".npy":
             return np.asarray(np.load(path, allow_pickle=False))
@@ -164,8 +164,9 @@ def _read_tensor(path: Path) -> npt.NDArray[Any] | dict[str, Any]:
             import torch
 
             loaded = read_pt(path)
-            if isinstance(loaded, dict) and isinstance(loaded.get("physical_to_logical_map"), torch.Tensor):
-                return {**loaded, "physical_to_logical_map": loaded["physical_to_logical_map"].numpy()}
+            if isinstance(loaded, dict) and "physical_to_logical_map" in loaded:  # a tensor or lists, as SGLang has it
+                rows = loaded["physical_to_logical_map"]
+                return {**loaded, "physical_to_logical_map": rows.numpy() if isinstance(rows, torch.Tensor) else rows}
             if isinstance(loaded, dict):
                 loaded = loaded.get("phy2log")
             if not isinstance(loaded, torch.Tensor):

@@ -1,21 +1,30 @@
 """Benches of replayed routing: exact, bytes as the walk has them, and every workload, way to exchange and mistake."""
 
+import math
 import sys
+import weakref
+from contextlib import nullcontext
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from conftest import make_spec, make_trace, random_ids, tiny_model
+from test_report import bench_result
 
 from placement.cost import evaluate
 from placement.placement_map import PlacementMap
 from placement.runtime import bench as bench_module
 from placement.runtime.bench import Settings, bench
 from placement.runtime.results import BenchResult
+from placement.runtime.trials import Case, _difference
 from placement.runtime.workloads import TextWorkload, cut_replay, replayed_layers
 from placement.topology import Topology
-from profiler import CoterieError, Profile
+from profiler import CoterieError, Profile, zoo
+from profiler.documents import read_documents
+from profiler.families import read_spec
+from profiler.loading import load_model
 
 SPEC = replace(make_spec(3, 8, 2), hidden_size=24, expert_size=16)
 SMALL = Settings(sequences_per_rank=(1, 3), sequence_length=8, repeats=1)
@@ -121,6 +130,49 @@ def test_outputs_that_differ_are_not_trusted(recorded, monkeypatch):
     monkeypatch.setattr(bench_module, "MAX_DIFFERENCE", 1e-12)
     with pytest.raises(CoterieError, match=r"HF all_to_all on the linear map: differs by .* do not trust this run"):
         bench({"reversed": reversed_map()}, replay=recorded, settings=replace(SMALL, sequences_per_rank=(3,)))
+
+
+def test_the_model_that_texts_were_cut_for_is_gone_when_ranks_load_theirs(monkeypatch):
+    models = []
+
+    def load(*arguments):
+        loaded = load_model(*arguments)
+        models.append(weakref.ref(loaded.model))
+        return loaded
+
+    def run(*_):
+        raise CoterieError(f"models: {[model() for model in models]}")
+
+    monkeypatch.setattr(bench_module, "load_model", load)
+    monkeypatch.setattr(bench_module, "run_on_ranks", run)
+    linear = PlacementMap.linear(read_spec(load_model(None, "cpu").model, zoo.NAME), Topology(1, 2, 32))
+    with pytest.raises(CoterieError, match=r"models: \[None\]"):
+        bench({"same": linear}, documents=read_documents([zoo.HELD_OUT]), settings=SMALL)
+
+
+def test_lost_gradients_and_values_that_are_no_numbers_are_not_trusted():
+    some, nothing = torch.tensor([0.0, 2.0]), torch.zeros(2)
+    assert _difference(some, some) == _difference(None, nothing) == _difference(None, None) == 0
+    assert _difference(None, some[:0]) == _difference(some[:0], some[:0]) == 0
+    assert _difference(some * 1.5, some) == 0.5
+    assert _difference(None, some) == _difference(some, None) == math.inf
+    assert math.isnan(_difference(some / 0, some))
+    result = bench_result()
+    peer, linear, planned = result.runs[0].rows
+    rows = (peer, replace(linear, max_difference=math.nan), planned)
+    assert math.isnan(replace(result, runs=(replace(result.runs[0], rows=rows),)).max_difference)
+    for mode, difference, trusted in (
+        ("flat", 1e-6, True),
+        ("flat", 1e-2, False),
+        ("flat", math.nan, False),
+        ("bf16", 1e-2, True),
+        ("bf16", math.nan, False),
+        ("bf16", math.inf, False),
+    ):
+        task = SimpleNamespace(cases=[Case("coterie", mode, "linear")])
+        ranks = [{"batches": [{"cases": [{"max_difference": difference}]}]}]
+        with nullcontext() if trusted else pytest.raises(CoterieError, match="do not trust this run"):
+            bench_module._require_exact(task, ranks)
 
 
 MISTAKES = {

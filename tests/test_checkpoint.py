@@ -14,8 +14,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
+from test_constraints_cli import one_model_at_a_time
 from tiny_models import CONFIGS, tiny_model
 
+from placement.cli.exports import verify
 from placement.exporters import checkpoint, shards
 from placement.exporters.checkpoint import MAP_FILE, permute_checkpoint
 from placement.exporters.shards import Edit, read_header, rewrite
@@ -23,8 +25,10 @@ from placement.exporters.verify import compare
 from placement.foreign import read_any_map
 from placement.placement_map import PlacementMap
 from placement.topology import Topology
+from profiler import zoo
 from profiler.errors import CoterieError
 from profiler.families import read_spec
+from profiler.loading import load_model
 from profiler.spec import MoESpec
 
 PROVED = [
@@ -267,7 +271,7 @@ def named_experts(folder: Path) -> None:
         (garbage, "not a safetensors file"),
         (another_model, "is a mixtral"),
         (odd_config, "n_group is 'two'"),
-        (named_experts, "names single experts"),
+        (named_experts, "quantisation in its config.json names single experts"),
         (shutil.rmtree, "no such folder"),
     ],
 )
@@ -278,6 +282,32 @@ def test_broken_checkpoints_leave_nothing(tmp_path, harm, message):
     with pytest.raises(CoterieError, match=message):
         permute_checkpoint(tmp_path / "original", tmp_path / "planned", placement)
     assert sorted(tmp_path.rglob("*")) == before
+
+
+@pytest.mark.parametrize("file", ["config.json", *checkpoint.QUANTIZATION_FILES])
+def test_quantisation_that_names_single_experts_is_refused(tmp_path, file):
+    _, placement = save_tiny("olmoe", tmp_path / "original")
+    path = tmp_path / "original" / file
+    config = json.loads(path.read_text()) if path.exists() else {}
+    names = {
+        r"+:.*experts\.3\..*": True,
+        "lm_head.experts.[37]": True,
+        r".*experts\.(?:3|7)\.up_proj": True,
+        "model.layers.0.mlp.experts.0": True,
+        r".*experts\.\d+\..*": False,
+        r".*experts\.[0-9]+\..*": False,
+        "model.layers.0.mlp.experts.*": False,
+        "num_experts": False,
+    }
+    for number, (name, refused) in enumerate(names.items()):
+        path.write_text(json.dumps({**config, "quantization_config": {"bits": 4, "dynamic": {name: 8}}}))
+        out = tmp_path / str(number)
+        if refused:
+            with pytest.raises(CoterieError, match=f"in its {file} names single experts, .*; give the checkpoint"):
+                permute_checkpoint(tmp_path / "original", out, placement)
+        else:
+            permute_checkpoint(tmp_path / "original", out, placement)
+        assert out.exists() != refused
 
 
 def test_a_full_disk_half_way_leaves_nothing(tmp_path, monkeypatch):
@@ -325,6 +355,15 @@ def test_places_and_states_that_are_refused(tmp_path):
     permute_checkpoint(source, tmp_path / "planned", placement)
     refused("is permuted already", "again", tmp_path / "planned")
     refused("permuted by another plan", "again", tmp_path / "planned", any_plan(spec, seed=1), invert=True)
+
+
+def test_verifying_holds_one_model_at_a_time(tmp_path, monkeypatch):
+    slots = np.tile(np.arange(zoo.NUM_EXPERTS)[::-1], (4, 1))
+    spec = read_spec(load_model(None, "cpu").model, zoo.NAME)
+    permute_checkpoint(zoo.MODEL, tmp_path / "planned", PlacementMap(spec, Topology(1, 2, 32), slots, {"name": "x"}))
+    one_model_at_a_time(monkeypatch)
+    for data in (None, [str(zoo.HELD_OUT)]):
+        verify(zoo.MODEL, tmp_path / "planned", data, num_tokens=20, device="cpu")
 
 
 @settings(max_examples=30)

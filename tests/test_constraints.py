@@ -10,7 +10,7 @@ from conftest import make_spec, tiny_model
 from hypothesis import given
 from hypothesis import strategies as st
 
-from placement.constraints import config
+from placement.constraints import config, pruning
 from placement.constraints.constrain import selector
 from placement.constraints.lists import (
     CollaboratorLists,
@@ -86,12 +86,7 @@ def test_pruning_equals_its_reference(given_scores, data):
         with pytest.raises(CoterieError, match="a token takes"):
             limit_ranks(placement, limit, similarity)
         return
-    try:
-        constraint = limit_ranks(placement, limit, similarity)
-    except CoterieError:
-        assert copies  # distinct experts of several ranks are bounded then, not counted
-        assert len(held_by[0]) < top_k
-        return
+    constraint = limit_ranks(placement, limit, similarity)
     got = selector(constraint, 0, top_k)(scores_TE)
     held = constraint.held[0].tolist()
     wanted = select_within_limit_reference(
@@ -147,6 +142,17 @@ def test_copies_leave_more_to_choose_from():
         assert (held[ids] & opened[:, None]).any(dim=-1).all()  # every pick has a copy on a rank that is open
         kept[aware] = float(scores_TE.gather(1, ids).sum())
     assert kept[True] > kept[False]
+
+
+def test_with_copies_the_experts_of_each_combination_of_ranks_count(monkeypatch):
+    slots = np.array([[0, 1, 4, 2, 3, 5, 4, 5, 6, 7, 0, 2]])
+    placement = PlacementMap(make_spec(1, 8, 4), Topology(1, 4, 3), slots, {"name": "copies"})
+    limit_ranks(placement, 2)  # any two ranks hold 5 or 6 experts
+    with pytest.raises(CoterieError, match="N 1: so many ranks may hold 3 experts only, a token takes 4"):
+        limit_ranks(placement, 1)
+    monkeypatch.setattr(pruning, "MOST_COMBINATIONS", 5)
+    with pytest.raises(CoterieError, match="N 2: so many ranks hold 3 experts for certain, a token takes 4"):
+        limit_ranks(placement, 2)
 
 
 def test_lists_rank_collaborators(profile):

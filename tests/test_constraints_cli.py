@@ -5,6 +5,7 @@ import json
 import re
 import shutil
 import sys
+import weakref
 from itertools import pairwise
 
 import numpy as np
@@ -14,7 +15,7 @@ from test_constraints import random_map
 from placement.cli import main
 from placement.constraints.codesign import SMALLEST_GAIN, alternate, best
 from placement.constraints.config import load
-from placement.constraints.harness import SUITES, run_tasks, task_names
+from placement.constraints.harness import SUITES, _scores, run_tasks, task_names
 from placement.constraints.lists import device_aware_lists
 from placement.constraints.pruning import limit_ranks
 from placement.cost import evaluate
@@ -41,6 +42,19 @@ def coterie(capsys, monkeypatch, *arguments):
     return code, shown.out, shown.err
 
 
+def one_model_at_a_time(monkeypatch):
+    """Let loading a model fail while one that was loaded before is in memory."""
+    before = []
+
+    def load(*arguments, **options):
+        assert not any(model() is not None for model in before)
+        loaded = load_model(*arguments, **options)
+        before.append(weakref.ref(loaded.model))
+        return loaded
+
+    monkeypatch.setattr("profiler.loading.load_model", load)
+
+
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
     """A short profile of the embedded model, a similarity table and a map."""
@@ -60,6 +74,7 @@ def test_from_profile_to_quality(made, tmp_path, capsys, monkeypatch):
     def run(*arguments):
         return coterie(capsys, monkeypatch, *arguments)
 
+    one_model_at_a_time(monkeypatch)
     plan = ("--plan", made / "plan.json")
     for arguments, name in (
         (("--method", "c2r", "--top-t", 20), "C2R, T=20"),
@@ -98,6 +113,13 @@ def test_from_profile_to_quality(made, tmp_path, capsys, monkeypatch):
     )
     assert again["tuned-plain"] == pytest.approx(rows["plainly fine-tuned"])
     assert len(again["tuned-plain"]) > 1
+    code, shown, _ = run("quality", tuned, "--constraint", out, "--max-tokens", 200, "--json")
+    assert list(json.loads(shown)) == ["tuned, similarity-based pruning, N=1"]  # it is the same
+    other = tmp_path / "other.safetensors"
+    run("constrain", made / "run.profile", "--limit", 2, *plan, "-o", other)
+    code, _, error = run("quality", tuned, "--constraint", other)
+    assert code == 1
+    assert "tuned: is measured under the constraint in its folder, --constraint is another; leave it out" in error
     code, shown, _ = run("quality", "--constraint", out, "--max-tokens", 500)
     assert code == 0
     assert re.search(r"coterie-zoo\s+│", shown)
@@ -131,6 +153,7 @@ def test_mistakes_are_one_line(made, tmp_path, capsys, monkeypatch):
         ),
         (("finetune", "--constraint", tmp_path / "no"), "no such file; make a constraint"),
         (("finetune", "--steps", "0"), "steps 0: must be at least 1"),
+        (("finetune", "-o", "."), r"\.: is no name for a folder; give one to -o"),
         (("codesign", "--ranks", "0"), "0 ranks cannot share 64 experts"),
         (("codesign", "--method", "similarity"), "takes c2r or router"),
         (("quality", "--constraint", plan), "truncated, or not a constraint"),
@@ -184,7 +207,9 @@ def test_codesign_lowers_fan_out_until_it_does_not(capsys):
 
 
 def test_suites_name_as_many_tasks_as_the_papers():
-    assert {name: len(set(tasks)) for name, tasks in SUITES.items()} == {"c2r": 10, "occult": 23}
+    rounds = {"anli_r1", "anli_r2", "anli_r3"}  # of one task, without a name that has a figure
+    assert rounds < set(SUITES["occult"])
+    assert {name: len(set(tasks) - rounds) for name, tasks in SUITES.items()} == {"c2r": 10, "occult": 22}
     assert task_names(["c2r", "piqa", "mine"]) == [*SUITES["c2r"], "mine"]
 
 
@@ -192,6 +217,17 @@ def test_without_the_harness_the_extra_is_named(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda *_: None)
     with pytest.raises(CoterieError, match=r"pip install 'coterie\[lm-eval\]'"):
         run_tasks(None, None, ["c2r"])
+
+
+def test_a_task_without_a_figure_of_its_own_stands_for_what_is_in_it():
+    of_tag = {"anli_r1": {"alias": "anli_r1", "acc,none": 0.5, "acc_stderr,none": 0.1}, "anli_r2": {"acc,none": 0.25}}
+    assert _scores("anli", of_tag) == {"anli_r1": 0.5, "anli_r2": 0.25}
+    of_group = {"mmlu": {"acc,none": 0.5}, "mmlu_law": {"acc,none": 0.75, "acc_norm,none": 1.0}}
+    assert _scores("mmlu", of_group) == {"mmlu": 0.5}
+    assert _scores("sums", {"sums": {"exact_match_stderr,none": 0.1, "exact_match,none": 0.75}}) == {"sums": 0.75}
+    assert _scores("both", {"both": {"alias": "both"}, "mmlu_law": {"acc_norm,none": 1.0}}) == {"mmlu_law": 1.0}
+    with pytest.raises(CoterieError, match="task both: the harness gives no figure"):
+        _scores("both", {"both": {"alias": "both"}})
 
 
 TASK = """
@@ -221,5 +257,11 @@ def test_tasks_of_the_harness_run_constrained(made, tmp_path):
         seen.append(evaluate(PlacementMap.load_from(made / "plan.json"), recorder.trace()).fan_out.mean())
         assert 0 <= found["sums"] <= 1
     assert seen[1] == 1 < seen[0]
+    tagged = (tmp_path / "sums.yaml").read_text().replace("task: sums", "task: more_sums\ntag: adding")
+    (tmp_path / "more_sums.yaml").write_text(tagged)
+    (tmp_path / "both.yaml").write_text("group: both\ntask: [sums, more_sums]")
+    members = {"sums": found["sums"], "more_sums": found["sums"]}
+    for name, expected in (("adding", {"more_sums"}), ("both", members)):
+        assert run_tasks(loaded, limit, [name], folder=tmp_path) == {task: members[task] for task in expected}
     with pytest.raises(CoterieError, match="cannot be run"):
         run_tasks(loaded, None, ["no-such-task"], folder=tmp_path)

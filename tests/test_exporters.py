@@ -302,9 +302,14 @@ def test_sglang_tensors_are_read_too(tmp_path):
     import torch
 
     rows = json.loads(sglang.export(some_map(), Path("/x"), ServedModel(5)).content)["physical_to_logical_map"]
-    torch.save({"physical_to_logical_map": torch.tensor(rows)}, tmp_path / "map.pt")
-    again = read_any_map(tmp_path / "map.pt", some_map().model, 4, 2)
-    assert (again.physical_to_logical_map == some_map().physical_to_logical_map).all()
+    for held in (torch.tensor(rows), rows):
+        torch.save({"physical_to_logical_map": held}, tmp_path / "map.pt")
+        again = read_any_map(tmp_path / "map.pt", some_map().model, 4, 2)
+        assert (again.physical_to_logical_map == some_map().physical_to_logical_map).all()
+    for ragged in (rows[0], [rows[0], rows[1][1:]], [["0"]], None):
+        torch.save({"physical_to_logical_map": ragged}, tmp_path / "odd.pt")
+        with pytest.raises(CoterieError, match="must be equally long rows of whole numbers"):
+            read_any_map(tmp_path / "odd.pt", some_map().model, 4)
     for odd in (torch.tensor(3), torch.zeros(5, 12), torch.zeros(2, 2, 2, dtype=torch.int64)):
         torch.save({"physical_to_logical_map": odd}, tmp_path / "odd.pt")
         with pytest.raises(CoterieError, match=r"must be whole numbers \(layers, slots\)"):

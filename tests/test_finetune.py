@@ -2,18 +2,26 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from conftest import tiny_model
-from test_constrain import tight
+from test_constrain import SEEING, seeing_model, tight
 from test_constraints import random_map
 from transformers import AutoModelForCausalLM
 
 from placement.constraints.config import load
-from placement.constraints.constrain import constrain
+from placement.constraints.constrain import balance_settings, constrain
 from placement.constraints.examples import NO_LABEL, Example, Examples, collate, instruction_examples, text_examples
-from placement.constraints.finetune import Training, checkpoint_folder, finetune, train
+from placement.constraints.finetune import (
+    Training,
+    _arguments,
+    _require_trainable,
+    checkpoint_folder,
+    finetune,
+    train,
+)
 from placement.constraints.quality import perplexity
 from placement.cost import evaluate
 from profiler import CoterieError, Recorder, zoo
@@ -58,6 +66,56 @@ def test_families_train(family, tmp_path):
     groups = {"n_group": 1, "topk_group": 1, "topk_method": "greedy"} if family == "deepseek_v2" else {}
     model = tiny_model(family, **groups)
     assert len(train(model, examples(), tight(model)[2], SHORT, tmp_path)) == 6
+
+
+@pytest.mark.parametrize("family", ["olmoe", "qwen3_vl_moe"])  # the second does not divide by the batch's tokens
+def test_micro_batches_add_up_to_the_batch(family, tmp_path):
+    """The load-balancing loss of like sequences is that of one, so that all of a step's loss has to be the same."""
+    rows = Examples([examples()[0]] * 6)  # the second step of an epoch has two sequences only
+    losses = {}
+    for micro, coefficient in ((None, 0.0), (None, 1.0), (2, 1.0), (1, 1.0)):
+        model = seeing_model(family) if family in SEEING else tiny_model(family)
+        settings = balance_settings(model)
+        settings.router_aux_loss_coef = coefficient
+        steps = Training(**{**SHORT.__dict__, "save_steps": 0, "micro_batch_size": micro})
+        losses[micro, coefficient] = train(model, rows, tight(model)[2], steps, tmp_path)
+        assert settings.router_aux_loss_coef == coefficient
+        assert not model.config.get_text_config().output_router_logits
+    assert losses[None, 1.0][0] > losses[None, 0.0][0] + 1
+    for micro in (2, 1):
+        assert losses[micro, 1.0] == pytest.approx(losses[None, 1.0], abs=2e-3)
+
+
+def test_weights_of_32_bits_learn_while_it_computes_in_16(tokenizer, tmp_path):
+    """A model of 16 bits would come out as it went in, all but its smallest weights."""
+    coarse = LoadedModel("tiny", tiny_model("olmoe").bfloat16(), tokenizer)
+    with pytest.raises(CoterieError, match="weights in bfloat16: steps of fine-tuning are smaller .* in float32"):
+        finetune(coarse, examples(), None, SHORT, tmp_path / "out")
+    assert not any(tmp_path.iterdir())
+    with pytest.raises(CoterieError, match="dtype 'auto': must be one of float32, bfloat16"):
+        Training(dtype="auto")
+    losses = {}
+    for dtype in ("float32", "bfloat16"):
+        model = tiny_model("olmoe")
+        before = {name: weight.clone() for name, weight in model.named_parameters()}
+        steps = Training(**{**SHORT.__dict__, "learning_rate": 2e-5, "save_steps": 0, "dtype": dtype})
+        losses[dtype] = train(model, examples(), tight(model)[2], steps, tmp_path)
+        for name, weight in model.named_parameters():
+            assert weight.dtype == torch.float32
+            assert (weight != before[name]).float().mean() > 0.5, name
+        with torch.no_grad():
+            assert model(input_ids=examples()[0].input_ids[None]).logits.dtype == torch.float32
+    assert losses["bfloat16"] != losses["float32"]
+    assert losses["bfloat16"] == pytest.approx(losses["float32"], rel=1e-2)
+
+
+def test_one_device_learns(tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    arguments = _arguments(SHORT, tmp_path, on_cpu=False)
+    assert (arguments.n_gpu, arguments.train_batch_size) == (1, SHORT.batch_size)
+    weight = SimpleNamespace(device=torch.device("cuda", 1), is_floating_point=lambda: True, element_size=lambda: 4)
+    with pytest.raises(CoterieError, match="device cuda:1: Trainer takes a machine's first; give cuda:0, or hide"):
+        _require_trainable(SimpleNamespace(parameters=lambda: [weight]))
 
 
 def test_experts_and_routers_only(tmp_path):
@@ -163,6 +221,19 @@ def test_conversations_teach_answers_only(tokenizer, tmp_path):
     assert tokenizer.decode(rows[1].input_ids) == (
         "<user>How are you?</><assistant>well, thanks</><user>And now?</><assistant>still well</>"
     )
+    turns = [{"role": role, "content": "x"} for role in ("assistant", "user", "assistant", "assistant")]
+    tokenizer_with_template.chat_template = (
+        "{% for m in messages %}{% if m.role != ('user', 'assistant')[loop.index0 % 2] %}"
+        "{{ raise_exception('roles must\\nalternate') }}{% endif %}{{ m.content }}{% endfor %}"
+    )
+    for chat, message in ((turns[:2], "empty conversation.*"), (turns[1:], "roles must")):
+        path.write_text(f"\n{json.dumps({'messages': chat})}")
+        with pytest.raises(
+            CoterieError, match=rf"line 2: the model's chat template refuses it \(.*{message}\); mend it"
+        ):
+            instruction_examples(with_template, [path], 64)
+    with pytest.raises(CoterieError, match="sequence length -5: must be at least 2"):
+        instruction_examples(loaded, [path], -5)
     path.write_text('{"text": "no conversation"}')
     with pytest.raises(CoterieError, match="line 1: no conversation"):
         instruction_examples(loaded, [path], 64)

@@ -13,10 +13,11 @@ from torch.distributed.device_mesh import init_device_mesh
 
 from placement.cost import evaluate
 from placement.placement_map import PlacementMap
-from placement.runtime.agreement import require_fit
+from placement.runtime.agreement import require_fit, require_same_map
 from placement.runtime.exchange import Pairs, index_hop, make_route, plan_sizes
 from placement.runtime.experts import IMPLEMENTATIONS, Options, build_implementations, installed
 from placement.runtime.launch import run_on_ranks
+from placement.runtime.membership import LONGEST_WAIT
 from placement.runtime.meter import Meter
 from placement.runtime.reference import expected_traffic
 from placement.runtime.sharding import local_experts
@@ -63,6 +64,13 @@ def copies_map(spec, num_ranks, seed):
 
 
 MAPS = {"permutation": permutation_map, "copies": copies_map}
+
+
+def first_rank_map(spec, num_ranks, seed):
+    """All experts on rank 0, empty slots on the others."""
+    row = np.full(num_ranks * spec.num_experts, -1)
+    row[: spec.num_experts] = np.random.default_rng(seed).permutation(spec.num_experts)
+    return PlacementMap(spec, topology(num_ranks, spec.num_experts), row[None], {"name": "first rank"})
 
 
 def mesh_of_all():
@@ -175,11 +183,12 @@ def test_bytes_are_those_of_the_walk(models, family):
                     assert over_network == there + returned * row_bytes
 
 
-def bare_experts(hidden_size, dtype, top_k=2):
+def bare_experts(hidden_size, dtype, top_k=2, family="olmoe"):
     """An experts module and its layer, random; every value small enough that 16-bit formats keep two digits."""
-    model = tiny_model("olmoe", hidden_size=hidden_size, num_attention_heads=1, num_key_value_heads=1)
-    experts = find_moe_layers(model)[0].experts.to(dtype)
-    experts.config._experts_implementation = "eager"
+    heads = {} if family == "step3p5" else {"num_attention_heads": 1, "num_key_value_heads": 1}
+    experts = find_moe_layers(tiny_model(family, hidden_size=hidden_size, **heads))[0].experts.to(dtype)
+    if family != "step3p5":  # which has one implementation
+        experts.config._experts_implementation = "eager"
     spec = MoESpec("bare", "olmoe", (0,), NUM_EXPERTS, top_k, 1, hidden_size, 16, "float32")
     return SimpleNamespace(experts=experts), spec
 
@@ -201,6 +210,7 @@ ODD = {
     "tokens on rank 1 only": (32, 2, torch.float32, "on rank 1 only", None),
     "no tokens": (32, 2, torch.float32, 0, None),
     "one expert takes all": (32, 1, torch.float32, 9, "one expert"),
+    "one expert of step3p5 takes all": (32, 1, torch.float32, 9, "one expert"),
     "not contiguous": (32, 2, torch.float32, 7, "strided"),
     "no expert": (32, 2, torch.float32, 7, "no expert"),
     "float64": (32, 2, torch.float64, 7, None),
@@ -209,6 +219,7 @@ ODD = {
     "32-bit weights of 16-bit states": (32, 4, torch.bfloat16, 7, "exact weights"),
     "every expert": (32, 8, torch.float32, 7, None),
 }
+ODD_MAPS = {**MAPS, "first rank": first_rank_map}
 TOLERANCE = {torch.bfloat16: 2e-2, torch.float16: 3e-3}
 
 
@@ -250,13 +261,13 @@ def compare_odd(rank, _device, _arguments):
     num_ranks = dist.get_world_size()
     found = {}
     for case, (hidden_size, top_k, dtype, _, _) in ODD.items():
-        layer, spec = bare_experts(hidden_size, dtype, top_k)
+        layer, spec = bare_experts(hidden_size, dtype, top_k, "step3p5" if "step3p5" in case else "olmoe")
         reference = copy.deepcopy(layer.experts)
         batches = odd_batches(case, num_ranks)
         leaves = [(h.detach().clone().requires_grad_(), i, w.detach().clone().requires_grad_()) for h, i, w in batches]
         outputs = [dense(reference, *leaf) for leaf in leaves]
         sum(out.float().square().sum() for out in outputs).backward()
-        for map_name, make_map in MAPS.items():
+        for map_name, make_map in ODD_MAPS.items():
             for mode, options in MODES.items():
                 placement = make_map(spec, num_ranks, seed=5)
                 [implementation] = built([layer], placement, Meter(), options=options)
@@ -299,7 +310,7 @@ def test_odd_inputs_and_gradients_equal_a_dense_loop(odd, case):
     tolerance = TOLERANCE.get(ODD[case][2], 1e-5)
     for result in odd:
         found = {name: value for name, value in result["found"].items() if name.startswith(f"{case},")}
-        assert len(found) == len(MAPS) * len(MODES) * 5
+        assert len(found) == len(ODD_MAPS) * len(MODES) * 5
         assert all(value <= tolerance for value in found.values()), found
 
 
@@ -337,6 +348,11 @@ def index_and_walk(rank, _device, _arguments):
         for source, (rows, pairs) in enumerate(zip(sizes.rows.received, sizes.pairs.received, strict=True)):
             theirs = expected_traffic(slots_of_rank(source, case).tolist(), per_rank, num_ranks)
             assert (rows, pairs) == (len(theirs.rows_to[rank]), len(theirs.pairs_to[rank]))
+    route = make_route(dist.group.WORLD, num_ranks // 2, hierarchical=True, wire_dtype=None, meter=Meter())
+    of_a_mesh = dist.new_group()
+    require_same_map(PlacementMap.linear(bare_experts(32, torch.float32)[1], topology(num_ranks, per_rank)), of_a_mesh)
+    for group in (dist.group.WORLD, of_a_mesh, *(hop.group for hop in route.hops)):
+        assert group._get_backend(torch.device("cpu")).options._timeout == LONGEST_WAIT
     return {}
 
 

@@ -237,7 +237,9 @@ def finetune(
     held_out: HeldOut = None,
     held_out_tokens: HeldOutTokens = 16_384,
     device: Device = None,
-    dtype: Annotated[str | None, typer.Option(help="auto, float32 or bfloat16; float32 if left out.")] = "float32",
+    dtype: Annotated[
+        str, typer.Option(help="In which it computes while it learns, float32 or bfloat16; weights stay in float32.")
+    ] = "float32",
     as_json: Json = False,
 ) -> None:
     """Fine-tune a model under a constraint, and measure it beside the model as it was and plainly fine-tuned.
@@ -256,9 +258,12 @@ def finetune(
         return folder.exists() or checkpoint_folder(folder).exists()
 
     limited = load(constraint) if constraint else None
-    training = Training(steps, batch_size, micro_batch_size, learning_rate, warmup_steps, what.value, seed, save_steps)
+    training = Training(
+        steps, batch_size, micro_batch_size, learning_rate, warmup_steps, what.value, seed, save_steps, dtype
+    )
     if data and instructions:
         raise CoterieError("--data and --instructions: give one of them")
+    require_own_folder(out)  # whose name the others have
     unseen = read_documents(held_out or [zoo.HELD_OUT])
     runs: dict[str, tuple[Any, Path]] = {}
     if limited is not None:
@@ -270,12 +275,13 @@ def finetune(
     for _, folder in runs.values():
         require_own_folder(folder)
     any_begun = any(begun(folder) for _, folder in runs.values())  # if none is, going on is refused
-    loaded = load_model(model, device, dtype=dtype)
+    loaded = load_model(model, device, dtype="float32")
     measured = {"as it was": _measure(loaded, None, unseen, held_out_tokens)}
     if limited is not None:
         measured[f"as it was, {limited.name}"] = _measure(loaded, limited, unseen, held_out_tokens)
     for name, (its_constraint, folder) in runs.items():
-        loaded = load_model(model, device, dtype=dtype)
+        del loaded  # so that the next one finds its place free
+        loaded = load_model(model, device, dtype="float32")
         if instructions:
             examples = instruction_examples(loaded, instructions, sequence_length)
         else:
@@ -317,7 +323,7 @@ def quality(
 
     Example: coterie quality ./OLMoE-1B-7B ./tuned-plain ./tuned --data held-out/
     """
-    from placement.constraints.config import FILE_NAME, load
+    from placement.constraints.config import FILE_NAME, digest_of, load
     from placement.constraints.harness import run_tasks
     from profiler import zoo
     from profiler.documents import read_documents
@@ -325,12 +331,18 @@ def quality(
 
     unseen = read_documents(data or [zoo.HELD_OUT])
     given = load(constraint) if constraint else None
+    own = {folder: load(Path(folder)) for folder in models or () if (Path(folder) / FILE_NAME).is_file()}
+    for folder, its_own in own.items():
+        if given is not None and digest_of(its_own) != digest_of(given):
+            raise CoterieError(
+                f"{folder}: is measured under the constraint in its folder, --constraint is another; leave it out, or "
+                "measure this model by itself"
+            )
     measured: dict[str, dict[str, float]] = {}
     labels: set[str] = set()
     for model in [*models] if models else [None]:
         loaded = load_model(model, device)
-        own = load(Path(model)) if model and (Path(model) / FILE_NAME).is_file() else None
-        cases = [own] if own is not None else [None, *([given] if given is not None else [])]
+        cases = [own[model]] if model in own else [None, *([given] if given is not None else [])]
         for case in cases:
             shown = loaded.name if loaded.name not in labels else str(model)  # folders may have the same last name
             name = shown if case is None else f"{shown}, {case.name}"
@@ -338,6 +350,7 @@ def quality(
             if task:
                 measured[name] |= run_tasks(loaded, case, task, folder=task_folder, limit=task_limit)
         labels.add(loaded.name)
+        del loaded  # so that the next one finds its place free
     _show(measured, as_json)
 
 

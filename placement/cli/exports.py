@@ -148,8 +148,6 @@ def verify(
 
     Example: coterie export verify ./OLMoE-1B-7B ./OLMoE-planned --data texts/
     """
-    import torch
-
     from placement.exporters.checkpoint import read_permuted_map
     from placement.exporters.verify import compare, random_tokens
     from profiler.documents import read_documents
@@ -165,13 +163,12 @@ def verify(
 
     first = load(original)
     if data:
-        batches = first.batches(read_documents(data), num_tokens, 1, num_tokens)
-        input_ids = torch.as_tensor(next(iter(batches)).input_ids)
+        input_ids = next(iter(first.batches(read_documents(data), num_tokens, 1, num_tokens))).input_ids
     else:
         input_ids = random_tokens(first.model.config.get_text_config().vocab_size, num_tokens, seed)
-    models = iter([first.model])
+    models = [first.model]
     del first  # so that the second model finds its place free
-    comparison = compare(lambda: next(models), lambda: load(permuted).model, placement, input_ids)
+    comparison = compare(models.pop, lambda: load(permuted).model, placement, input_ids)
     agrees = comparison.agrees(tolerance)
     if as_json:
         value = {"agrees": agrees, "tokens": comparison.num_tokens, "max_difference": comparison.max_difference}

@@ -123,9 +123,15 @@ class _AuxiliaryLoss:
         mask = kwargs.get("attention_mask", args[1] if len(args) > 1 else None)
         loss = balance_loss(output.router_logits, [part for part in ids if part is not None], mask)
         if output.loss is not None:
-            output.loss = output.loss + model.router_aux_loss_coef * (loss - before).to(output.loss.device)
+            coefficient = balance_settings(model).router_aux_loss_coef
+            output.loss = output.loss + coefficient * (loss - before).to(output.loss.device)
         output.aux_loss = loss
         return output
+
+
+def balance_settings(model: Any) -> Any:
+    """What keeps `router_aux_loss_coef`, if the model has one: itself, or where it also sees the config of its text."""
+    return model if hasattr(model, "router_aux_loss_coef") else model.config.get_text_config()
 
 
 def balance_loss(
@@ -150,6 +156,7 @@ def balance_loss(
         keep = torch.ones(num_tokens, device=device) if keep_T is None else keep_T
         flat = ids_TK.to(device).flatten()
         picked_E = picked_E.scatter_add(0, flat, keep.repeat_interleave(ids_TK.shape[1]))
-        probability_E = probability_E + keep @ logits_TE.to(device).float().softmax(dim=-1)
+        probability_TE = logits_TE.to(device).float().softmax(dim=-1)
+        probability_E = probability_E + (keep[:, None] * probability_TE).sum(dim=0)  # autocast would round a product
         rows = rows + keep.sum()
     return num_experts * (picked_E / rows * (probability_E / rows)).sum()

@@ -10,11 +10,12 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import jinja2
 import torch
 from torch.nn.utils.rnn import pad_sequence
 
 from profiler.documents import Chat, Document
-from profiler.errors import CoterieError
+from profiler.errors import CoterieError, first_line
 from profiler.files import parse_json
 from profiler.loading import LoadedModel
 
@@ -83,13 +84,21 @@ def instruction_examples(loaded: LoadedModel, paths: Sequence[Path], sequence_le
     or plain texts of user and assistant in turn), or `instruction`, perhaps `input`, and `output`.
 
     Raises:
-        CoterieError: a file or a line is not so, or no answer is left.
+        CoterieError: a file or a line is not so, the chat template refuses one, or no answer is left.
     """
+    if sequence_length < 2:
+        raise CoterieError(f"sequence length {sequence_length}: must be at least 2")
     rows = []
     for path in paths:
         for number, record in _lines(path):
-            chat = _turns(record, f"{path}, line {number}")
-            row = _example(chat, loaded.tokenizer, sequence_length)
+            place = f"{path}, line {number}"
+            chat = _turns(record, place)
+            try:
+                row = _example(chat, loaded.tokenizer, sequence_length)
+            except (jinja2.TemplateError, ValueError) as error:  # the second where an answer comes first
+                raise CoterieError(
+                    f"{place}: the model's chat template refuses it ({first_line(error)}); mend it or leave it out"
+                ) from error
             if bool((row.labels[1:] != NO_LABEL).any()):
                 rows.append(row)
     if not rows:

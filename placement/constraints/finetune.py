@@ -15,7 +15,7 @@ from safetensors import SafetensorError
 from torch import nn
 
 from placement.constraints.config import FILE_NAME, digest_of, save
-from placement.constraints.constrain import Constraint, constrain
+from placement.constraints.constrain import Constraint, balance_settings, constrain
 from placement.constraints.examples import Examples, collate
 from profiler.errors import CoterieError, first_line
 from profiler.families import find_moe_layers
@@ -24,6 +24,9 @@ from profiler.loading import LoadedModel
 
 Part = Literal["all", "experts"]
 """What learns: all weights, or those of experts and routers only, as Occult fine-tunes."""
+
+DTYPES = ("float32", "bfloat16")
+"""In which a model may compute while it learns."""
 
 RUN_FILE = "finetune.json"
 COMPLETE = "complete"
@@ -45,6 +48,7 @@ class Training:
         part: what learns.
         seed: of the order of the examples and of dropout.
         save_steps: a checkpoint after every so many steps; 0 for none.
+        dtype: one of `DTYPES`, in which the model computes; its weights learn in float32.
     """
 
     steps: int = 1000
@@ -55,11 +59,14 @@ class Training:
     part: Part = "all"
     seed: int = 0
     save_steps: int = 200
+    dtype: str = "float32"
 
     def __post_init__(self) -> None:
         for name, low in (("steps", 1), ("batch_size", 1), ("warmup_steps", 0), ("save_steps", 0), ("seed", 0)):
             if getattr(self, name) < low:
                 raise CoterieError(f"{name.replace('_', ' ')} {getattr(self, name)}: must be at least {low}")
+        if self.dtype not in DTYPES:
+            raise CoterieError(f"dtype {self.dtype!r}: must be one of {', '.join(DTYPES)}; weights learn in float32")
         if not self.learning_rate > 0:
             raise CoterieError(f"learning rate {self.learning_rate}: must be above 0")
         if self.micro_batch_size is not None and (self.micro_batch_size < 1 or self.batch_size % self.micro_batch_size):
@@ -80,41 +87,35 @@ def train(
 ) -> list[float]:
     """Train a model in place, constrained if there is a constraint; returns the loss of each step.
 
-    The auxiliary loss takes part with the model's own coefficient, and follows the constraint.
+    The auxiliary loss takes part with the model's own coefficient, and follows the constraint; that of a step is the
+    mean over its micro-batches.
 
     Args:
         work: folder for checkpoints.
         resume: go on from the last one in it.
 
     Raises:
-        CoterieError: the constraint does not fit the model, or there is nothing to go on from.
+        CoterieError: the constraint does not fit the model, the model cannot learn as it is loaded, or there is nothing
+            to go on from.
     """
-    from transformers import Trainer, TrainerCallback, TrainerState, TrainingArguments
+    from transformers import Trainer, TrainerCallback, TrainerState
     from transformers.trainer_utils import get_last_checkpoint
 
-    micro = training.micro_batch_size or training.batch_size
-    arguments = TrainingArguments(
-        output_dir=str(work),
-        max_steps=training.steps,
-        per_device_train_batch_size=micro,
-        gradient_accumulation_steps=training.batch_size // micro,
-        learning_rate=training.learning_rate,
-        lr_scheduler_type="cosine",
-        warmup_steps=training.warmup_steps,
-        seed=training.seed,
-        data_seed=training.seed,
-        save_strategy="steps" if training.save_steps else "no",
-        save_steps=training.save_steps or 500,
-        save_total_limit=2,
-        logging_steps=1,
-        report_to="none",
-        disable_tqdm=True,
-        use_cpu=next(model.parameters()).device.type == "cpu",
-        dataloader_pin_memory=False,
-        remove_unused_columns=False,
-    )
+    _require_trainable(model)
+    arguments = _arguments(training, work, on_cpu=next(model.parameters()).device.type == "cpu")
 
     class TrainerOfExperts(Trainer):  # type: ignore[misc]
+        def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+            # Losses that the model divides by the tokens of the whole batch are summed over its micro-batches.
+            summed = self.current_gradient_accumulation_steps if self.model_accepts_loss_kwargs else 1
+            with _auxiliary_loss(self.model, summed):
+                loss: torch.Tensor = super().training_step(*args, **kwargs)
+                return loss
+
+        def autocast_smart_context_manager(self, *_args: Any, **_kwargs: Any) -> torch.autocast:
+            # Trainer's own way leaves another forward in the model.
+            return torch.autocast(self.args.device.type, torch.bfloat16, enabled=training.dtype == "bfloat16")
+
         def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
             # Trainer would look for packed experts by name, find none, warn, and go on with the weights it was given.
             _load_weights(self.model, resume_from_checkpoint)
@@ -144,16 +145,68 @@ def train(
         if state.global_step >= training.steps:  # killed behind the last step; Trainer would take another one
             _load_weights(model, checkpoint)
             return _losses(state)
-    use_cache = model.config.use_cache  # Trainer turns it off, and it would be off in what is written
-    with _trainable(model, training.part), _auxiliary_loss(model), _repeatable(), constrain(model, constraint):
+    # Trainer turns it off, and it would be off in what is written; models that also see have it elsewhere.
+    use_cache = getattr(model.config, "use_cache", None)
+    with _trainable(model, training.part), _repeatable(), constrain(model, constraint):
         trainer = TrainerOfExperts(
             model=model, args=arguments, train_dataset=examples, data_collator=collate, callbacks=[Steps()]
         )
         trainer.remove_callback(_printer())
         trainer.train(resume_from_checkpoint=checkpoint)
-    model.config.use_cache = use_cache
+    if use_cache is None:
+        del model.config.use_cache
+    else:
+        model.config.use_cache = use_cache
     model.eval()
     return _losses(trainer.state)
+
+
+def _arguments(training: Training, work: Path, *, on_cpu: bool) -> Any:
+    from transformers import TrainingArguments
+
+    micro = training.micro_batch_size or training.batch_size
+    arguments = TrainingArguments(
+        output_dir=str(work),
+        max_steps=training.steps,
+        per_device_train_batch_size=micro,
+        gradient_accumulation_steps=training.batch_size // micro,
+        learning_rate=training.learning_rate,
+        lr_scheduler_type="cosine",
+        warmup_steps=training.warmup_steps,
+        seed=training.seed,
+        data_seed=training.seed,
+        save_strategy="steps" if training.save_steps else "no",
+        save_steps=training.save_steps or 500,
+        save_total_limit=2,
+        logging_steps=1,
+        report_to="none",
+        disable_tqdm=True,
+        use_cpu=on_cpu,
+        dataloader_pin_memory=False,
+        remove_unused_columns=False,
+    )
+    # Trainer would give each device a copy of the model and a batch; constraints keep the selections of one.
+    arguments._n_gpu = min(arguments.n_gpu, 1)
+    return arguments
+
+
+def _require_trainable(model: Any) -> None:
+    """Check that a model's weights can learn where they are.
+
+    Raises:
+        CoterieError: they are too coarse, or on a device that Trainer would move them from.
+    """
+    for weight in model.parameters():
+        if weight.is_floating_point() and weight.element_size() < 4:
+            raise CoterieError(
+                f"weights in {str(weight.dtype).removeprefix('torch.')}: steps of fine-tuning are smaller than these "
+                "can change by; load the model in float32, it can compute in another dtype"
+            )
+        if weight.device.index:
+            raise CoterieError(
+                f"device {weight.device}: Trainer takes a machine's first; give {weight.device.type}:0, or hide the "
+                f"others, as CUDA_VISIBLE_DEVICES={weight.device.index} does"
+            )
 
 
 def _losses(state: Any) -> list[float]:
@@ -166,6 +219,8 @@ def require_own_folder(out: Path) -> None:
     Raises:
         CoterieError: it cannot be, or something else is there.
     """
+    if not out.name:
+        raise CoterieError(f"{out}: is no name for a folder; give one to -o")
     require_writable_parent(out)
     if out.exists() and not (out / RUN_FILE).is_file():
         raise CoterieError(f"{out}: exists and is no fine-tuned model; give another name to -o")
@@ -201,7 +256,7 @@ def finetune(
         **asdict(training),
     }
     with constrain(loaded.model, constraint):
-        pass  # refused before anything is written
+        _require_trainable(loaded.model)  # refused before anything is written
     if resume and not (work / RUN_FILE).exists() and out.exists():  # done already
         _require_same_run(out, run)
         shutil.rmtree(work, ignore_errors=True)
@@ -272,18 +327,19 @@ def _trainable(model: nn.Module, part: Part) -> Iterator[None]:
 
 
 @contextmanager
-def _auxiliary_loss(model: Any) -> Iterator[None]:
-    """Ask the model for its load-balancing loss, where it has one."""
-    config = model.config
+def _auxiliary_loss(model: Any, summed: int) -> Iterator[None]:
+    """Ask the model for its load-balancing loss, where it has one, with a weight for the sum of so many losses."""
+    config, settings = model.config.get_text_config(), balance_settings(model)
     before = getattr(config, "output_router_logits", None)
-    if before is None or not hasattr(model, "router_aux_loss_coef"):
+    coefficient = getattr(settings, "router_aux_loss_coef", None)
+    if before is None or coefficient is None:
         yield
         return
-    config.output_router_logits = True
+    config.output_router_logits, settings.router_aux_loss_coef = True, coefficient / summed
     try:
         yield
     finally:
-        config.output_router_logits = before
+        config.output_router_logits, settings.router_aux_loss_coef = before, coefficient
 
 
 @contextmanager

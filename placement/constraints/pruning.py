@@ -7,8 +7,12 @@ Where experts have copies, a pick opens the rank among theirs that serves most o
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import reduce
+from itertools import combinations
+from operator import or_
 from typing import Any, Literal
 
 import numpy as np
@@ -21,6 +25,9 @@ from profiler.errors import CoterieError
 from profiler.spec import MoESpec
 
 Level = Literal["rank", "node"]
+
+MOST_COMBINATIONS = 1_000_000
+"""Of N places, over all layers, that are looked at one by one; takes about a second."""
 
 
 @dataclass(frozen=True)
@@ -36,7 +43,8 @@ class RankLimit:
         source: what it was made of, for people.
 
     Raises:
-        CoterieError: N is below 1, or N places may hold fewer than K experts.
+        CoterieError: N is below 1, or N places hold fewer than K experts; with copies and more than
+            `MOST_COMBINATIONS` of places, also where they might.
     """
 
     model: MoESpec
@@ -56,18 +64,30 @@ class RankLimit:
             raise CoterieError(
                 f"similarity {self.similarity.shape}: must be (layers, experts, experts) of {self.model.describe()}"
             )
-        fewest = self._fewest_experts()
+        fewest, is_bound = self._fewest_experts()
         if fewest < top_k:
+            hold = f"hold {fewest} experts for certain" if is_bound else f"may hold {fewest} experts only"
             raise CoterieError(
-                f"N {self.limit}: so many {self.level}s may hold {fewest} experts only, a token takes {top_k}; give a "
-                f"larger N or place the experts on fewer {self.level}s"
+                f"N {self.limit}: so many {self.level}s {hold}, a token takes {top_k}; give a larger N or place the "
+                f"experts on fewer {self.level}s"
             )
 
-    def _fewest_experts(self) -> int:
-        """A lower bound of the distinct experts that any N places hold."""
-        sizes_LG = np.sort(self.held.sum(axis=1), axis=1)[:, : self.limit]
+    def _fewest_experts(self) -> tuple[int, bool]:
+        """The fewest distinct experts that N places hold; or a lower bound of it, and True.
+
+        Where it is at least K, it may be a lower bound as well.
+        """
+        limit = min(self.limit, self.held.shape[2])
+        sizes_LG = np.sort(self.held.sum(axis=1), axis=1)[:, :limit]
         copies = int(self.held.sum(axis=2).max())  # an expert is counted at most so often
-        return int(np.maximum(sizes_LG[:, -1], -(-sizes_LG.sum(axis=1) // min(copies, self.limit))).min())
+        fewest_L = np.maximum(sizes_LG[:, -1], -(-sizes_LG.sum(axis=1) // min(copies, limit)))
+        doubtful = np.flatnonzero((fewest_L < self.model.top_k) & (copies > 1))
+        if len(doubtful) * math.comb(self.held.shape[2], limit) > MOST_COMBINATIONS:
+            return int(fewest_L.min()), True
+        for layer in doubtful:
+            experts_G = [int.from_bytes(np.packbits(held_E).tobytes()) for held_E in self.held[layer].T]
+            fewest_L[layer] = min(reduce(or_, some).bit_count() for some in combinations(experts_G, limit))
+        return int(fewest_L.min()), False
 
     @property
     def name(self) -> str:

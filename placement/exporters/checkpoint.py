@@ -25,6 +25,10 @@ MAP_FILE = "coterie-placement.json"
 INDEX = "model.safetensors.index.json"
 OTHER_WEIGHTS = {".safetensors", ".bin", ".pt", ".pth", ".h5", ".msgpack", ".gguf", ".onnx", ".partial"}
 """Endings of files that hold weights in the old order and stay behind."""
+QUANTIZATION_FILES = ("hf_quant_config.json", "quantize_config.json", "quant_config.json")
+"""Where ModelOpt, GPTQ and AWQ may say what config.json does not."""
+SINGLE_EXPERT = re.compile(r'experts[^\w"]{0,6}(?!0-9\])\d')
+"""A number behind the word, plain or in a pattern as JSON has it (`experts\\\\.[37]`); `[0-9]` means all of them."""
 
 
 def permute_checkpoint(
@@ -159,8 +163,16 @@ def _require_model(source: Path, config: Mapping[str, Any], placement: Placement
             f"{source}: hidden size and experts are both {spec.num_experts}, so that shapes do not tell which tensors "
             "are by expert; this model cannot be permuted"
         )
-    if re.search(r"experts\.\d+", json.dumps(whole.get("quantization_config"))):
-        raise CoterieError(f"{source}: its quantization_config names single experts, which would be others then")
+    quantized = {"config.json": json.dumps([part.get("quantization_config") for part in (whole, config)])}
+    for path in map(source.joinpath, QUANTIZATION_FILES):
+        if path.is_file():
+            quantized[path.name] = path.read_text(errors="replace")
+    for name, text in quantized.items():
+        if SINGLE_EXPERT.search(text):
+            raise CoterieError(
+                f"{source}: the quantisation in its {name} names single experts, which would be others then; give the "
+                "checkpoint that it was quantised from"
+            )
 
 
 def _groups(config: Mapping[str, Any], recorded: int) -> int:

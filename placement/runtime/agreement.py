@@ -8,6 +8,7 @@ import torch
 import torch.distributed as dist
 
 from placement.placement_map import PlacementMap
+from placement.runtime.membership import wait_long
 from profiler.errors import CoterieError
 
 
@@ -32,6 +33,7 @@ def require_same_map(placement: PlacementMap, group: dist.ProcessGroup, device: 
     Raises:
         CoterieError: one was given another; on every rank.
     """
+    wait_long(group)  # as the first exchange of a group, this one waits for whoever still loads the model
     topology = (placement.topology.num_nodes, placement.topology.ranks_per_node, placement.topology.slots_per_rank)
     digest = hashlib.sha256(repr(topology).encode() + placement.physical_to_logical_map.tobytes()).digest()
     mine = torch.frombuffer(bytearray(digest), dtype=torch.uint8).to(device)

@@ -20,6 +20,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from placement.runtime.membership import LONGEST_WAIT
 from placement.runtime.meter import Meter
 
 
@@ -134,8 +135,10 @@ def make_route(
     if not hierarchical or num_nodes == 1:
         across = tuple(other // ranks_per_node != node for other in range(len(ranks)))
         return Route((Hop(group, 1, across),), wire_dtype, meter)
-    rail = dist.new_group(ranks[local::ranks_per_node], use_local_synchronization=True)
-    inside = dist.new_group(ranks[node * ranks_per_node :][:ranks_per_node], use_local_synchronization=True)
+    on_rail, on_node = ranks[local::ranks_per_node], ranks[node * ranks_per_node :][:ranks_per_node]
+    rail, inside = (
+        dist.new_group(members, timeout=LONGEST_WAIT, use_local_synchronization=True) for members in (on_rail, on_node)
+    )
     over_network = Hop(rail, ranks_per_node, tuple(other != node for other in range(num_nodes)))
     return Route((over_network, Hop(inside, 1, (False,) * ranks_per_node)), wire_dtype, meter)
 

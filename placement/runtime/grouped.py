@@ -105,7 +105,7 @@ def _one_by_one(
     """For modules that do not say how they are computed: each pair is a token with one expert for their own forward."""
     values = hidden.index_select(0, pairs.row)
     ids, factors = pairs.slot.unsqueeze(1), pairs.weight.to(hidden.dtype).unsqueeze(1)
-    if not len(values):  # a loop over no experts would cut the weights off from the gradients' exchange
-        values, ids, factors = hidden.new_zeros((1, hidden.shape[1])), ids.new_zeros((1, 1)), factors.new_zeros((1, 1))
+    if not len(values):  # a loop over no experts would leave all of these out of the backward pass, and others waiting
+        return hidden * 0 + sum(part.sum() * 0 for part in (factors, *weights.values()))
     values = torch.func.functional_call(experts, dict(weights), (values, ids, factors))
-    return torch.zeros_like(hidden).index_add(0, pairs.row, values[: len(pairs.row)])
+    return torch.zeros_like(hidden).index_add(0, pairs.row, values)

@@ -230,7 +230,7 @@ def member_of(
                 f"rank {rank} of {num_ranks} cannot connect to the others over {backend} ({describe(error)}); "
                 "check the firewall, and the interface in GLOO_SOCKET_IFNAME or NCCL_SOCKET_IFNAME"
             ) from error
-        dist.distributed_c10d._set_pg_timeout(LONGEST_WAIT, dist.group.WORLD)
+        wait_long(dist.group.WORLD)
         yield
         membership.leave()
         dist.destroy_process_group()
@@ -239,6 +239,11 @@ def member_of(
         if cause is None:
             raise
         raise cause from error
+
+
+def wait_long(group: dist.ProcessGroup | None) -> None:
+    """Let a group's collectives wait for `LONGEST_WAIT`; torch gives each new one, as of a mesh, 10 or 30 minutes."""
+    dist.distributed_c10d._set_pg_timeout(LONGEST_WAIT, group)
 
 
 def own_device(local_rank: int, num_local_ranks: int) -> torch.device:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
@@ -145,7 +146,9 @@ class BenchResult:
     def max_difference(self) -> float:
         """Of all rows that do not round on the way; where all do, of these."""
         rows = [row for run in self.runs for row in run.rows]
-        return max(row.max_difference for row in [row for row in rows if "bf16" not in row.implementation] or rows)
+        exact = [row.max_difference for row in rows if "bf16" not in row.implementation]
+        # By itself `max` passes over NaN.
+        return max(exact or [row.max_difference for row in rows], key=lambda value: (math.isnan(value), value))
 
     def on(self, num_ranks: int) -> tuple[BenchRun, ...]:
         """The runs on so many ranks."""

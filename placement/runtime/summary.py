@@ -58,7 +58,7 @@ def joined(task: Task, ranks: Sequence[Rank], batch: int, tokens_per_rank: int) 
                 **_counted(task, case, [rank["cases"][at] for rank in of_ranks], hosts, tokens, placement),
                 **_milliseconds(times[at]),
                 **_predicted(case, placement, metrics[case.map], tokens_per_rank),
-                max_difference=max(rank["cases"][at]["max_difference"] for rank in of_ranks),
+                max_difference=float(np.max([rank["cases"][at]["max_difference"] for rank in of_ranks])),
                 speed_up=_ratio(times[0], times[at], "total"),
                 exchange_speed_up=_ratio(times[0], times[at], "exchange"),
                 exchange_against_linear=_ratio(times[linear], times[at], "exchange"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -215,13 +216,16 @@ class _Reference:
             _forget(workload, [])
 
     def difference(self, workload: Workload, implementations: Sequence[EPImplementation]) -> float:
-        """Largest absolute difference of outputs; in training of any gradient too, over its largest value."""
+        """Largest absolute difference of outputs; in training of any gradient too, over its largest value.
+
+        Infinite where a gradient is lost, NaN where one of all these is.
+        """
         workload.reset()
         with torch.set_grad_enabled(self.training):
             outputs = workload.forward()
-        worst = float((outputs.detach() - self.outputs).abs().max())
+        found = [float((outputs.detach() - self.outputs).abs().max())]
         if not self.training:
-            return worst
+            return found[0]
         workload.loss(outputs).backward()
         pairs = [(parameter.grad, wanted) for parameter, wanted in zip(workload.dense, self.dense, strict=True)]
         for implementation, of_all in zip(implementations, self.experts, strict=True):
@@ -229,11 +233,17 @@ class _Reference:
             for name, parameter in implementation.experts.named_parameters():
                 gradient = of_all[name]
                 pairs.append((parameter.grad, None if gradient is None else gradient[rows]))
-        for got, wanted in pairs:
-            if got is not None and wanted is not None and wanted.numel():
-                worst = max(worst, float((got - wanted).abs().max() / wanted.abs().max().clamp(min=1e-12)))
+        found += [_difference(got, wanted) for got, wanted in pairs]
         _forget(workload, implementations)
-        return worst
+        return float(np.max(found))  # unlike Python's own, it does not pass over NaN
+
+
+def _difference(got: torch.Tensor | None, wanted: torch.Tensor | None) -> float:
+    """Of a gradient, over its largest value; infinite where there is none in place of one that is not zero."""
+    if got is None or wanted is None:
+        only = wanted if got is None else got
+        return math.inf if only is not None and only.any() else 0.0
+    return float((got - wanted).abs().max() / wanted.abs().max().clamp(min=1e-12)) if wanted.numel() else 0.0
 
 
 class Trainer:
