@@ -7,6 +7,7 @@ build/constraints and not done again.  `network` times every constraint on four 
 
 import multiprocessing
 import os
+import shutil
 import sys
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
@@ -15,6 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from benchmarks.record import circumstances
 from placement.compare import plan_and_compare
 from placement.constraints.constrain import Constraint, constrain
 from placement.constraints.examples import text_examples
@@ -59,6 +61,15 @@ NAMES = {
 
 def name_of(method: str, size: int) -> str:
     return NAMES[method].format(size)
+
+
+def _begin_anew_if_changed() -> None:
+    """What another state of the code has left would be taken for what this one does."""
+    stamp, commit = WORK / "made-by.txt", str(circumstances()["commit"])
+    if WORK.exists() and ("with changes" in commit or not stamp.exists() or stamp.read_text() != commit):
+        shutil.rmtree(WORK)
+    WORK.mkdir(parents=True, exist_ok=True)
+    stamp.write_text(commit)
 
 
 def prepare() -> None:
@@ -125,6 +136,7 @@ def run_one(method: str, size: int, seed: int) -> str:
 
 
 def run(workers: int) -> None:
+    _begin_anew_if_changed()
     prepare()
     tasks = [(*case, seed) for case in CASES for seed in SEEDS]
     left = [task for task in tasks if not (WORK / "runs" / f"{task[0]}-{task[1]}-{task[2]}.json").exists()]

@@ -297,8 +297,10 @@ def main() -> None:
     write(
         "cost_model",
         "Predicted against measured times",
-        "Relative error of predictions with the constants of `PRESETS` on rows that they were not fitted on. Fitted "
-        "(bytes/s, s, FLOP/s): " + "; ".join(constants) + ".",
+        "Relative error of predictions with the constants of `PRESETS` on rows that they were not fitted on; but H800 "
+        "is the mean of EP8, EP32 and EP64 of DeepEP's README, NCCL on H100 has a start-up of its own, and the rows "
+        "with links one after the other or without activations have constants fitted anew. Fitted (bytes/s, s, "
+        "FLOP/s): " + "; ".join(constants) + ".",
         COLUMNS,
         rows,
     )

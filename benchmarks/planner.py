@@ -4,10 +4,12 @@ Planned on the sequences at even places, measured on those at odd places, mean o
 `python -m benchmarks.planner` measures all parts, `python -m benchmarks.planner time` one of `PARTS`.
 """
 
+import multiprocessing
 import resource
 import sys
 import time
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from typing import Any
 from unittest.mock import patch
 
@@ -202,7 +204,7 @@ def objectives() -> None:
                         measured = measure(found, unseen.require_tokens(), Options().workload)
                         figures.append([measured[metric]["mean"] for metric in ("busiest_ingress", "imbalance_ratio")])
                     held.append(np.mean(figures, axis=0))
-                spread = " / ".join(f"{value:.4f}" for value in np.ptp(held, axis=0))
+                spread = " / ".join(f"{value:.4f}" for value in np.ptp(held, axis=0)) if len(held) > 1 else "-"
                 rows.append([name, num_ranks, split, case, *np.mean(held, axis=0).round(4).tolist(), spread])
                 print(rows[-1], flush=True)
     write(
@@ -263,29 +265,10 @@ def scale() -> None:
         (4, 256, 32, 0, 100_000),
         (4, 256, 64, 0, 50_000),
     ):
-        profile = _structured(layers, experts, 2 * tokens)
-        planned, unseen = profile.split_by_sequence()
-        del profile
-        model, topology = planned.model, Topology.for_experts(experts, ranks, 1, redundant)
         for strategy in ("load", "metis", "search"):
-            started = time.perf_counter()
-            placement = plan(planned, topology, strategy, Options(num_redundant=redundant))
-            seconds = time.perf_counter() - started
-            peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-            figures = measure(placement, unseen.require_tokens(), Options().workload)
-            metrics = ("fan_out", "busiest_ingress", "imbalance_ratio")
-            weights = objective_of(model, topology, Options())
-            ingress, load = (figures[metric]["mean"] for metric in metrics[1:])
-            rows.append(
-                [
-                    f"{layers} x {experts} experts, {ranks} x {topology.slots_per_rank} slots, {tokens:,} tokens",
-                    strategy,
-                    round(seconds, 1),
-                    round(peak, 2),
-                    *(figures[metric]["mean"] for metric in metrics),
-                    weights.ingress * ingress + weights.load * load,
-                ]
-            )
+            # A process of its own, whose peak of memory is of nothing else.
+            with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+                rows.append(pool.submit(_scaled, layers, experts, ranks, redundant, tokens, strategy).result())
             print(rows[-1], flush=True)
     write(
         "planner_scale",
@@ -306,6 +289,28 @@ def scale() -> None:
         rows,
         "planner scale",
     )
+
+
+def _scaled(layers: int, experts: int, ranks: int, redundant: int, tokens: int, strategy: str) -> list[Any]:
+    """A row of `scale`."""
+    planned, unseen = _structured(layers, experts, 2 * tokens).split_by_sequence()
+    topology = Topology.for_experts(experts, ranks, 1, redundant)
+    started = time.perf_counter()
+    placement = plan(planned, topology, strategy, Options(num_redundant=redundant))
+    seconds = time.perf_counter() - started
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
+    figures = measure(placement, unseen.require_tokens(), Options().workload)
+    metrics = ("fan_out", "busiest_ingress", "imbalance_ratio")
+    weights = objective_of(planned.model, topology, Options())
+    ingress, load = (figures[metric]["mean"] for metric in metrics[1:])
+    return [
+        f"{layers} x {experts} experts, {ranks} x {topology.slots_per_rank} slots, {tokens:,} tokens",
+        strategy,
+        round(seconds, 1),
+        round(peak, 2),
+        *(figures[metric]["mean"] for metric in metrics),
+        weights.ingress * ingress + weights.load * load,
+    ]
 
 
 def _structured(num_layers: int, num_experts: int, num_tokens: int) -> Profile:

@@ -73,7 +73,7 @@ def passes(spec: MoESpec) -> list[TokenTrace]:
 def peak_mb() -> float:
     """Since the last reset; Linux only."""
     line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
-    return int(line.split()[1]) / 1024
+    return int(line.split()[1]) * 1024 / 1e6
 
 
 if __name__ == "__main__":

@@ -57,6 +57,7 @@ def plan_and_compare(
         raise CoterieError(f"strategy {strategy!r} takes groups apart; {' and '.join(KEEP_GROUPS)} keep them")
     source = profile.digest
     profile, held_out = planned_and_unseen(profile, held_out)
+    held_out.require_tokens()  # said before anything is planned
     metrics = {}
     # The one that was asked for comes first: if it cannot be, no time is lost on the others.
     names = dict.fromkeys([strategy, *strategies])
@@ -115,6 +116,9 @@ def verdict(metrics: Mapping[str, Any], strategy: str, options: Options | None =
             f"the load cap of {options.load_cap:g} is not kept: on the tokens planned with, imbalance_ratio is up to "
             f"{highest:.2f}; give redundant experts or a higher cap"
         )
+    if options.domain_weights:
+        sentences.append("these figures count all tokens alike, whatever their domain counts; so no verdict is given")
+        return sentences
     if "load" in metrics and strategy != "load":
         name = "predicted_time" if "predicted_time" in mine["held_out"] else DECISIVE[mode]
         own, other = (metrics[which]["held_out"][name]["mean"] for which in (strategy, "load"))

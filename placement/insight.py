@@ -17,9 +17,18 @@ from placement.cost import Metrics, evaluate
 from placement.placement_map import PlacementMap
 from placement.runtime.results import BenchResult
 from placement.sufficiency import Planner, Recommendation, convergence, recommend, some_layers, split_half, transfer
-from profiler.analysis import affinity_table, collaborator_table, community_table, expert_table, load_table
+from profiler.analysis import (
+    affinity_table,
+    community_table,
+    expert_table,
+    lift,
+    load_table,
+    total_coactivation,
+    total_load,
+)
 from profiler.drift import domain_table
 from profiler.errors import CoterieError
+from profiler.folder import sources
 from profiler.profile import Profile
 
 MAX_LAYERS_STUDIED = 4
@@ -60,7 +69,7 @@ class Insight:
         maps: by name, `linear`, `load` where it could be planned, and `plan`.
         metrics: of each map.
         intervals: as `bootstrap.bootstrap` gives them.
-        pairs: `analysis.collaborator_table` with `excess`, the tokens beyond chance.
+        pairs: as `pairs_beyond_chance` gives them.
         experts, loads, communities, community_of_expert, affinity, domains: tables of `profiler.analysis` and `drift`.
         study: None where it was not asked for.
         bench: the run that was measured, if there was one.
@@ -121,6 +130,8 @@ def gather(
         raise CoterieError(
             f"the bench ran on {bench.runs[0].num_ranks} ranks, the plan is for {ranks}; bench this plan"
         )
+    if bench is not None and bench.model not in (placement.model.name, profile.model.name):
+        raise CoterieError(f"the bench ran {bench.model}, the plan is for {placement.model.name}; bench this plan")
     planned, measured, seen = planned_and_measured(profile, placement, held_out)
     tokens = measured.require_tokens()
     maps = {"linear": PlacementMap.linear(profile.model, placement.topology)}
@@ -140,7 +151,7 @@ def gather(
         loads=load_table(profile),
         communities=communities,
         community_of_expert=community_of_expert,
-        pairs=strongest_pairs(profile),
+        pairs=pairs_beyond_chance(profile),
         affinity=affinity_table(profile),
         domains=domain_table(profile),
         study=study,
@@ -148,11 +159,25 @@ def gather(
     )
 
 
-def strongest_pairs(profile: Profile) -> pd.DataFrame:
-    """Each expert's three strongest partners, with `excess`: how many tokens more than chance both serve."""
-    pairs = collaborator_table(profile, top=3)
-    pairs["excess"] = pairs["together"] * (1 - 1 / pairs["lift"])
-    return pairs
+def pairs_beyond_chance(profile: Profile, most: int = 4) -> pd.DataFrame:
+    """The pairs of experts that serve most tokens beyond chance, of all layers.
+
+    Returns:
+        `layer`, `expert`, `partner`, `share` of the expert's tokens, `lift`, how many times as often as chance, and
+        `excess`, how many tokens more; the most first.
+    """
+    found = []
+    loads_LE, pairs_LEE = total_load(profile), total_coactivation(profile)
+    for layer, load_E, pairs_EE in zip(profile.model.layer_ids, loads_LE, pairs_LEE, strict=True):
+        expert, partner = np.triu_indices(len(load_E), 1)
+        together, times = pairs_EE[expert, partner], lift(pairs_EE, load_E)[expert, partner]
+        excess = together * (1 - np.divide(1.0, times, out=np.ones_like(times), where=times > 0))
+        some = np.argsort(-excess, kind="stable")[:most]
+        share = together[some] / np.maximum(load_E[expert[some]], 1)
+        columns = {"expert": expert, "partner": partner, "lift": times, "excess": excess}
+        frame = pd.DataFrame({"layer": layer, "share": share, **{name: part[some] for name, part in columns.items()}})
+        found.append(frame[frame["excess"] > 0])
+    return pd.concat(found, ignore_index=True).nlargest(most, "excess")
 
 
 def planned_and_measured(
@@ -160,16 +185,17 @@ def planned_and_measured(
 ) -> tuple[Profile, Profile, bool]:
     """What to plan peers with, what to measure on, and whether the plan has seen that.
 
-    A plan that was compared on one half of its own profile has not seen that half; one made with all of it has.
+    A plan that was compared on one half of its own profile has not seen that half; one made with all of it has.  Of a
+    part of its profile, or one that was united with others, that half is not known, so that it counts as seen.
     """
     if held_out is not None:
-        return profile, held_out, held_out.digest == placement.profile_digest
+        return profile, held_out, placement.profile_digest in sources(held_out.digest, held_out.provenance)
     tokens = profile.require_tokens()
     if len(np.unique(tokens.sequence_ids)) < 2:
-        return profile, profile, placement.profile_digest == profile.digest
+        return profile, profile, placement.profile_digest in sources(profile.digest, profile.provenance)
     even, odd = profile.split_by_sequence()
     if placement.profile_digest != profile.digest:
-        return even, odd, False
+        return even, odd, placement.profile_digest in sources(profile.digest, profile.provenance)
     used = [figures["tokens_planned_on"] for figures in (placement.metrics or {}).values()]
     return even, odd, not used or used[0] != even.require_tokens().num_tokens
 

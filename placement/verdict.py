@@ -189,11 +189,10 @@ def _together(insight: Insight) -> Answer:
     words = "marked" if mean >= MARKED_MODULARITY else "little" if mean < LITTLE_MODULARITY else "clear"
     headline = {"marked": "Marked groups", "clear": "Groups that overlap", "little": "Hardly any groups"}[words]
     most = communities.loc[communities["modularity"].idxmax()]
-    pairs = insight.pairs[insight.pairs["expert"] < insight.pairs["partner"]].nlargest(NAMED, "excess")
     listed = ", ".join(
         f"{pair.expert} and {pair.partner} of layer {pair.layer} ({pair.lift:.1f} times chance, in {pair.share:.0%} of "
         "the former's tokens)"
-        for pair in pairs.itertuples()
+        for pair in insight.pairs.itertuples()
     )
     specialized = int((insight.experts["role"] == "specialized").sum())
     after, before = (float(np.nanmean(insight.metrics[name].intra_share)) for name in ("plan", "linear"))
@@ -236,6 +235,9 @@ def _domains(insight: Insight) -> Answer:
     question, domains = "What changes between domains?", insight.domains
     if not len(domains):
         return Answer(question, "One domain only", ("Profile texts of several domains to see.",))
+    if domains["load_p"].isna().all():
+        told = "Sampling noise is known of domains of two sequences or more only; profile more text of each."
+        return Answer(question, "Not known: too few sequences", (told,), "unsure")
     drifted = domains[domains["drifted"]]
     own = {0: "No domain routes its own way", 1: f"1 of {len(domains)} domains routes its own way"}
     headline = own.get(len(drifted), f"{len(drifted)} of {len(domains)} domains route their own way")

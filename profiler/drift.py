@@ -46,9 +46,12 @@ class Drift:
 
     @property
     def p(self) -> float:
-        """The smaller p of load and co-activation over all layers, doubled since there are two (Bonferroni)."""
+        """The smaller p of load and co-activation over all layers, doubled since there are two (Bonferroni).
+
+        NaN where neither is known.
+        """
         last = self.layers.iloc[-1]
-        return min(1.0, 2 * float(min(last["load_p"], last["coactivation_p"])))
+        return float(np.minimum(1.0, 2 * np.fmin(last["load_p"], last["coactivation_p"])))
 
     @property
     def drifted(self) -> bool:
@@ -86,8 +89,8 @@ def domain_table(profile: Profile, num_permutations: int = 299, seed: int = 0) -
     Returns:
         A row for each domain with tokens: `domain`, `tokens`, `sequences`, the columns of `Drift.layers` (mean over
         layers), `drifted`, and `hottest`, the layer and expert that stand out most against the other domains, as "layer
-        3 expert 17 (4.1x)", or "none".  Empty where there is one domain only.  Noise and p are NaN for a domain of one
-        sequence, or beside one sequence.
+        3 expert 17 (4.1x)" or "(only here)", or "none".  Empty where there is one domain only.  Noise and p are NaN for
+        a domain of one sequence, or beside one sequence.
 
     Raises:
         CoterieError: the profile holds counts only.
@@ -108,7 +111,8 @@ def domain_table(profile: Profile, num_permutations: int = 299, seed: int = 0) -
         hottest = "none"
         if len(marked):  # else no token of the domain picked an expert
             top = marked.loc[marked["change"].idxmax()]
-            hottest = f"layer {top['layer']:.0f} expert {top['expert']:.0f} ({top['change']:.1f}x)"
+            times = f"{top['change']:.1f}x" if top["first_share"] > 0 else "only here"
+            hottest = f"layer {top['layer']:.0f} expert {top['expert']:.0f} ({times})"
         rows.append(
             {
                 "domain": profile.domains[index],

@@ -151,6 +151,12 @@ def require_replaceable(folder: Path) -> None:
     require_writable_parent(behind_link(folder))
 
 
+def sources(digest: str, provenance: Mapping[str, Any]) -> list[str]:
+    """Digests of a profile and of those that it was split from or united of, as its provenance names them."""
+    made_from = provenance.get("made_from")
+    return [digest, *(made_from if isinstance(made_from, list) else [])]
+
+
 def strangers(folder: Path) -> list[Path]:
     """What is in the folder of a profile, complete or not, and never was written by coterie."""
     own = re.compile(r"profile\.json|checkpoint|.*\.safetensors|\..*\.partial")

@@ -156,6 +156,11 @@ def load_model(
         try:
             loaded = loaded.to(device)
         except (AssertionError, RuntimeError) as error:
+            if "out of memory" in str(error):
+                raise CoterieError(
+                    f"device {device!r}: lacks memory for the model ({first_line(error)}); spread it with --device-map "
+                    "auto where the command has it, or take cpu or a larger device"
+                ) from error
             raise CoterieError(
                 f"device {device!r}: cannot be used ({first_line(error)}); give one such as cpu or cuda:0"
             ) from error

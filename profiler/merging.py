@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from profiler.errors import CoterieError
-from profiler.folder import StoredProfile, open_profile
+from profiler.folder import StoredProfile, open_profile, sources
 from profiler.trace import MAX_DOMAINS
 from profiler.writer import ProfileWriter, discard_unfinished
 
@@ -60,7 +60,8 @@ def merge(
     try:
         _copy(parts, domains, writer, seed, on_shard)
         kept = {key: first.provenance[key] for key in first.provenance if blind and key in TOLD}
-        return writer.finish({**kept, "merged": [dict(part.provenance) for part in parts]})
+        made_from = [digest for part in parts for digest in sources(part.digest, part.provenance)]
+        return writer.finish({**kept, "made_from": made_from, "merged": [dict(part.provenance) for part in parts]})
     except BaseException:
         discard_unfinished(out)
         raise

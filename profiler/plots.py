@@ -54,11 +54,14 @@ def coactivation_heatmap(
     Colour is the base-2 logarithm of a pair's count over the count that its two loads would give independently.
 
     Args:
-        order_E: experts along both axes; -1 for an empty slot, which is left blank.
+        order_E: experts along both axes; -1 for an empty slot, which is left blank, as are experts never picked.
         experts_per_rank: borders are drawn after so many.
     """
     with np.errstate(divide="ignore"):
         shown = np.clip(np.log2(lift(coactivation_EE, load_E)), -2.0, 2.0)
+    shown[load_E == 0] = shown[:, load_E == 0] = np.nan  # nothing to compare with
+    if not coactivation_EE.any():
+        shown[:] = np.nan
     np.fill_diagonal(shown, np.nan)
     shown = shown[np.ix_(order_E, order_E)]
     shown[order_E < 0] = shown[:, order_E < 0] = np.nan

@@ -14,7 +14,7 @@ import torch
 from profiler.batches import Batch
 from profiler.documents import Document
 from profiler.errors import CoterieError
-from profiler.folder import StoredProfile
+from profiler.folder import StoredProfile, open_profile
 from profiler.loading import LoadedModel
 from profiler.recorder import Recorder
 from profiler.trace import TokenTrace
@@ -55,8 +55,9 @@ def profile_model(
 
     Raises:
         CoterieError: the model has no MoE layers or its router gives no numbers, a size is below 1, or the folder
-            cannot be written.
+            cannot be written or is a recording of another model.
     """
+    _require_same_model(out, loaded.name)
     if decode_tokens < 0:
         raise CoterieError(f"decode tokens {decode_tokens}: must be at least 0")
     batches = loaded.batches(
@@ -111,13 +112,27 @@ def profile_model(
             discard_unfinished(out)
         raise
     try:
-        return writer.finish({**_provenance(loaded), **settings, "seed": seed})
+        return writer.finish({**_provenance(loaded), **settings, "seed": seed, "text": batches.digest})
     except CoterieError:
         with contextlib.suppress(CoterieError):
             writer.checkpoint(position)
         if not writer.position:
             discard_unfinished(out)
         raise
+
+
+def _require_same_model(out: Path, name: str) -> None:
+    """Check that no recording of another model would be replaced, such as by a command that was left its defaults.
+
+    Raises:
+        CoterieError: there is one.
+    """
+    try:
+        there = open_profile(out).model.name
+    except CoterieError:  # there is none that could be read
+        return
+    if there != name:
+        raise CoterieError(f"{out}: is a recording of {there}, not of {name}; give another name to -o, or remove it")
 
 
 def _run(loaded: LoadedModel, batch: Batch, decode_tokens: int, seed: int) -> None:

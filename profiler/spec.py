@@ -12,7 +12,7 @@ MAX_EXPERTS = 65_535
 """Expert ids are stored in at most 16 bits, all-ones meaning "no expert"."""
 
 UNNAMED = "unknown"
-"""Name of a model that a recording does not name."""
+"""Name, or architecture, of a model that a recording does not name."""
 
 
 @dataclass(frozen=True)
@@ -21,7 +21,7 @@ class MoESpec:
 
     Attributes:
         name: what people call the model; not used to tell models apart.
-        model_type: the architecture's name in transformers, such as `olmoe`.
+        model_type: the architecture's name in transformers, such as `olmoe`; `UNNAMED` where not known.
         layer_ids: global layer numbers of the L MoE layers, ascending; dense layers are left out.
         num_experts: E, logical experts in each MoE layer.
         top_k: K, experts that a token picks in each layer.
@@ -64,12 +64,17 @@ class MoESpec:
         return len(self.layer_ids)
 
     def routes_like(self, other: MoESpec) -> bool:
-        """Whether a plan for one of the two models means the same thing on the other."""
+        """Whether a plan for one of the two models means the same thing on the other, as far as is known of both."""
+
+        def known(spec: MoESpec) -> tuple[object, ...]:
+            model_type = None if spec.model_type == UNNAMED else spec.model_type
+            return model_type, spec.hidden_size or None, spec.expert_size or None
 
         def shape(spec: MoESpec) -> tuple[object, ...]:
-            return spec.model_type, spec.layer_ids, spec.num_experts, spec.top_k, spec.hidden_size, spec.expert_size
+            return spec.layer_ids, spec.num_experts, spec.top_k
 
-        return shape(self) == shape(other)
+        both = zip(known(self), known(other), strict=True)
+        return shape(self) == shape(other) and all(None in pair or pair[0] == pair[1] for pair in both)
 
     def describe(self) -> str:
         """One phrase for messages and tables; sizes that are not known are left out."""

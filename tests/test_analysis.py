@@ -181,6 +181,24 @@ def test_a_domain_that_picked_no_expert_stands_out_nowhere():
     assert table["tokens"].tolist() == [30, 30]
 
 
+def test_domains_of_one_sequence_each_are_told_nothing_about():
+    trace = make_trace(random_ids(0, 1, 60, 8, 2), num_sequences=2)
+    trace.domain_ids[:] = trace.sequence_ids
+    profile = Profile.from_tokens(make_spec(1, 8, 2), ["a", "b"], trace, {})
+    table = domain_table(profile, 20)
+    assert table["load_p"].isna().all()
+    assert not table["drifted"].any()
+
+
+def test_an_expert_that_one_domain_alone_picks_is_only_there():
+    ids = np.tile(np.array([[0, 1], [2, 3]], np.uint8), (40, 1))[None]
+    ids[0, 40:, 0] = 5
+    trace = make_trace(ids, num_sequences=8)
+    trace.domain_ids[:] = np.arange(80) >= 40
+    table = domain_table(Profile.from_tokens(make_spec(1, 8, 2), ["a", "b"], trace, {}), 20)
+    assert table["hottest"].tolist()[1] == "layer 0 expert 5 (only here)"
+
+
 def test_one_domain_has_nothing_to_differ_from():
     trace = make_trace(random_ids(0, 1, 60, 8, 2), num_domains=1)
     assert domain_table(Profile.from_tokens(make_spec(1, 8, 2), ["a"], trace, {})).empty

@@ -18,7 +18,7 @@ from placement.placement_map import PlacementMap
 from placement.runtime import bench as bench_module
 from placement.runtime.bench import Settings, bench
 from placement.runtime.results import BenchResult
-from placement.runtime.trials import Case, _difference
+from placement.runtime.trials import Case, _difference, _require_exact
 from placement.runtime.workloads import TextWorkload, cut_replay, replayed_layers
 from placement.topology import Topology
 from profiler import CoterieError, Profile, zoo
@@ -129,7 +129,15 @@ def test_copies_and_empty_slots_are_benched_beside_the_peer(recorded):
 def test_outputs_that_differ_are_not_trusted(recorded, monkeypatch):
     monkeypatch.setattr(bench_module, "MAX_DIFFERENCE", 1e-12)
     with pytest.raises(CoterieError, match=r"HF all_to_all on the linear map: differs by .* do not trust this run"):
-        bench({"reversed": reversed_map()}, replay=recorded, settings=replace(SMALL, sequences_per_rank=(3,)))
+        # Long before the last repeat.
+        bench({"reversed": reversed_map()}, replay=recorded, settings=replace(SMALL, repeats=10**6))
+
+
+def test_what_is_wrong_with_any_run_is_said_before_the_first(recorded, monkeypatch):
+    monkeypatch.setattr(bench_module, "_run", lambda *_: pytest.fail("is run"))
+    maps = {"two": reversed_map(2), "four": reversed_map(4)}
+    with pytest.raises(CoterieError, match="400 whole tokens, this replay needs 640"):
+        bench(maps, replay=recorded, settings=replace(SMALL, sequences_per_rank=(20,)))
 
 
 def test_the_model_that_texts_were_cut_for_is_gone_when_ranks_load_theirs(monkeypatch):
@@ -161,18 +169,28 @@ def test_lost_gradients_and_values_that_are_no_numbers_are_not_trusted():
     peer, linear, planned = result.runs[0].rows
     rows = (peer, replace(linear, max_difference=math.nan), planned)
     assert math.isnan(replace(result, runs=(replace(result.runs[0], rows=rows),)).max_difference)
-    for mode, difference, trusted in (
-        ("flat", 1e-6, True),
-        ("flat", 1e-2, False),
-        ("flat", math.nan, False),
-        ("bf16", 1e-2, True),
-        ("bf16", math.nan, False),
-        ("bf16", math.inf, False),
+    for mode, difference, largest, trusted in (
+        ("flat", 1e-6, 1, True),
+        ("flat", 1e-2, 1, False),
+        ("flat", math.nan, 1, False),
+        ("bf16", 1e-2, 1, True),
+        ("bf16", math.nan, 1, False),
+        ("bf16", math.inf, 1, False),
+        ("flat", 9e-5, 0.01, True),
+        ("flat", 9e-3, 100, True),
+        ("flat", 2e-2, 100, False),
+        ("flat", math.nan, math.nan, False),
     ):
-        task = SimpleNamespace(cases=[Case("coterie", mode, "linear")])
-        ranks = [{"batches": [{"cases": [{"max_difference": difference}]}]}]
-        with nullcontext() if trusted else pytest.raises(CoterieError, match="do not trust this run"):
-            bench_module._require_exact(task, ranks)
+        for replay, hint in ((None, r" \(a token whose .* other text, or --replay\)"), ("run.profile", "")):
+            task, case = SimpleNamespace(tolerance=1e-4, replay=replay), Case("coterie", mode, "linear")
+            with nullcontext() if trusted else pytest.raises(CoterieError, match=f"do not trust this run{hint}$"):
+                _require_exact(task, case, (difference, 0.0), largest)
+            with (
+                nullcontext()
+                if trusted and (difference < 1e-4 or mode == "bf16")  # gradients' are relative
+                else pytest.raises(CoterieError, match="do not trust this run")
+            ):
+                _require_exact(task, case, (0.0, difference), largest)
 
 
 MISTAKES = {

@@ -18,6 +18,7 @@ from test_constraints_cli import one_model_at_a_time
 from tiny_models import CONFIGS, tiny_model
 
 from placement.cli.exports import verify
+from placement.constraints.config import FILE_NAME
 from placement.exporters import checkpoint, shards
 from placement.exporters.checkpoint import MAP_FILE, permute_checkpoint
 from placement.exporters.shards import Edit, read_header, rewrite
@@ -26,6 +27,7 @@ from placement.foreign import read_any_map
 from placement.placement_map import PlacementMap
 from placement.topology import Topology
 from profiler import zoo
+from profiler.documents import read_documents
 from profiler.errors import CoterieError
 from profiler.families import read_spec
 from profiler.loading import load_model
@@ -352,6 +354,11 @@ def test_places_and_states_that_are_refused(tmp_path):
     refused("a row for each of 16", plan=PlacementMap.linear(replace(spec, num_experts=16), Topology(1, 2, 8)))
     refused("both 8", plan=replace(placement, model=replace(spec, hidden_size=8)))
     refused("has no coterie-placement.json", invert=True)
+    (source / FILE_NAME).touch()
+    refused(
+        "in its constraint.safetensors would be old ones; move that file away, and constrain the exported model anew"
+    )
+    (source / FILE_NAME).unlink()
     permute_checkpoint(source, tmp_path / "planned", placement)
     refused("is permuted already", "again", tmp_path / "planned")
     refused("permuted by another plan", "again", tmp_path / "planned", any_plan(spec, seed=1), invert=True)
@@ -364,6 +371,20 @@ def test_verifying_holds_one_model_at_a_time(tmp_path, monkeypatch):
     one_model_at_a_time(monkeypatch)
     for data in (None, [str(zoo.HELD_OUT)]):
         verify(zoo.MODEL, tmp_path / "planned", data, num_tokens=20, device="cpu")
+
+
+def test_verifying_takes_as_many_texts_as_it_needs(tmp_path, capsys):
+    loaded = load_model(None, "cpu")
+    spec = read_spec(loaded.model, zoo.NAME)
+    permute_checkpoint(zoo.MODEL, tmp_path / "planned", PlacementMap.linear(spec, Topology(1, 2, 32)))
+    (tmp_path / "texts").mkdir()
+    for name in ("one", "two"):
+        (tmp_path / "texts" / f"{name}.txt").write_text(f"a few words of text {name}")
+    held = loaded.batches(read_documents([str(tmp_path / "texts")]), 1000, 1).num_tokens
+    one = loaded.batches(read_documents([str(tmp_path / "texts" / "one.txt")]), 1000, 1).num_tokens
+    for asked, compared in ((one + 2, one + 2), (1000, held)):
+        verify(zoo.MODEL, tmp_path / "planned", [str(tmp_path / "texts")], asked, device="cpu", as_json=True)
+        assert json.loads(capsys.readouterr().out)["tokens"] == compared
 
 
 @settings(max_examples=30)

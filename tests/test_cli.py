@@ -571,3 +571,31 @@ def tensors_of(folder):
         header = read_header(path)
         data = path.read_bytes()[header.data_start :]
         yield from ((tensor.name, data[tensor.start : tensor.end]) for tensor in header.tensors)
+
+
+def test_the_version_is_told(monkeypatch, capsys):
+    assert run(monkeypatch, "--version") == 0
+    assert capsys.readouterr().out.startswith("coterie ")
+
+
+def test_a_recording_of_another_model_is_not_replaced(monkeypatch, capsys, tmp_path):
+    trace = make_trace(random_ids(0, 2, 60, 8, 2))
+    Profile.from_tokens(make_spec(2, 8, 2), ["a", "b"], trace, {}).save(tmp_path / "run.profile")
+    monkeypatch.chdir(tmp_path)
+    assert run(monkeypatch, "profile") == 1
+    assert "run.profile: is a recording of made-up, not of coterie-zoo" in capsys.readouterr().err
+    assert Profile.load_from(tmp_path / "run.profile").model.name == "made-up"
+
+
+def test_plans_say_what_was_asked_for(monkeypatch, capsys, tmp_path):
+    trace = make_trace(random_ids(0, 2, 400, 8, 2), num_sequences=8)
+    Profile.from_tokens(make_spec(2, 8, 2), ["prose", "code"], trace, {}).save(tmp_path / "run.profile")
+    monkeypatch.chdir(tmp_path)
+    plan = ["plan", "run.profile", "--ranks", "4", "--nodes", "2", "--kicks", "1"]
+    assert run(monkeypatch, *plan, "--certify", "5", "--json") == 0
+    assert set(json.loads(capsys.readouterr().out)["certificate"]) == {"0", "1"}
+    assert run(monkeypatch, "evaluate", "plan.json", "run.profile") == 0
+    assert "node" in capsys.readouterr().out
+    assert run(monkeypatch, *plan, "--domain-weight", "code=1", "--json") == 0
+    (said,) = json.loads(capsys.readouterr().out)["verdict"]
+    assert "count all tokens alike" in said

@@ -1,5 +1,6 @@
 """`coterie constrain`, `finetune` and `quality`, co-design, and the harness."""
 
+import importlib.machinery
 import importlib.util
 import json
 import re
@@ -7,6 +8,7 @@ import shutil
 import sys
 import weakref
 from itertools import pairwise
+from types import ModuleType, SimpleNamespace
 
 import numpy as np
 import pytest
@@ -14,7 +16,7 @@ from test_constraints import random_map
 
 from placement.cli import main
 from placement.constraints.codesign import SMALLEST_GAIN, alternate, best
-from placement.constraints.config import load
+from placement.constraints.config import load, save
 from placement.constraints.harness import SUITES, _scores, run_tasks, task_names
 from placement.constraints.lists import device_aware_lists
 from placement.constraints.pruning import limit_ranks
@@ -157,6 +159,8 @@ def test_mistakes_are_one_line(made, tmp_path, capsys, monkeypatch):
         (("codesign", "--ranks", "0"), "0 ranks cannot share 64 experts"),
         (("codesign", "--method", "similarity"), "takes c2r or router"),
         (("quality", "--constraint", plan), "truncated, or not a constraint"),
+        (("quality", "--task-limit", "5"), "--task-limit 5: is for tasks; give --task too, or leave it out"),
+        (("quality", "--task-folder", "mine"), "--task-folder mine: is for tasks"),
         (("profile", "--similarity", tmp_path / "s", "--resume", "-o", tmp_path / "p"), "leave --resume out"),
     ):
         code, _, error = coterie(capsys, monkeypatch, *arguments)
@@ -184,6 +188,95 @@ def test_a_folder_that_is_in_the_way_is_refused_before_training(made, tmp_path, 
     assert code == 1
     assert "exists and is no fine-tuned model" in error
     assert sorted(path.name for path in tmp_path.iterdir()) == ["notes", "two.safetensors"]
+
+
+def refuse_to_load(monkeypatch):
+    monkeypatch.setattr("profiler.loading.load_model", lambda *_, **__: pytest.fail("loads a model"))
+
+
+def test_an_interrupted_fine_tuning_is_not_lost(made, tmp_path, capsys, monkeypatch):
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    out = tmp_path / "tuned"
+    quick = ["--held-out-tokens", 256, "--steps", 2, "--save-steps", 1, "--batch-size", 1, "--sequence-length", 16]
+    with monkeypatch.context() as patch:
+        patch.setattr("placement.constraints.finetune.put_in_place", interrupt)
+        code, _, error = coterie(capsys, monkeypatch, "finetune", "-o", out, *quick)
+    assert code == 130
+    assert error.splitlines()[-1] == "stopped; go on from the last checkpoint with --resume"
+    with monkeypatch.context() as patch:
+        refuse_to_load(patch)
+        code, _, error = coterie(capsys, monkeypatch, "finetune", "-o", out, *quick)
+        assert code == 1
+        assert ".tuned.checkpoints: an unfinished run with 2 steps is there; go on with --resume, or remove" in error
+        shutil.copytree(tmp_path / ".tuned.checkpoints", tmp_path / ".limited-plain.checkpoints")
+        save(limit_ranks(PlacementMap.load_from(made / "plan.json"), 1), tmp_path / "one.safetensors")
+        limited = ("--constraint", tmp_path / "one.safetensors", "-o", tmp_path / "limited")
+        code, _, error = coterie(capsys, monkeypatch, "finetune", *limited, *quick)
+        assert code == 1
+        assert ".limited-plain.checkpoints: an unfinished run with 2 steps" in error
+    assert coterie(capsys, monkeypatch, "finetune", "-o", out, *quick, "--resume")[0] == 0
+    assert not (tmp_path / ".tuned.checkpoints").exists()
+
+
+def put_harness(monkeypatch, scores):
+    """One that knows some tasks, and fails where a task's score is an error."""
+
+    def evaluate_task(tasks, **_):
+        if isinstance(scores[tasks[0]], Exception):
+            raise scores[tasks[0]]
+        return {"results": {tasks[0]: {"acc,none": scores[tasks[0]]}}}
+
+    for name, members in (
+        ("lm_eval", {"simple_evaluate": evaluate_task}),
+        ("lm_eval.tasks", {"TaskManager": lambda **_: SimpleNamespace(all_tasks=list(scores))}),
+        ("lm_eval.models", {}),
+        ("lm_eval.models.huggingface", {"HFLM": lambda **_: None}),
+    ):
+        module = ModuleType(name)
+        module.__spec__ = importlib.machinery.ModuleSpec(name, None)
+        vars(module).update(members)
+        monkeypatch.setitem(sys.modules, name, module)
+
+
+def test_tasks_are_checked_before_anything_is_measured(capsys, monkeypatch):
+    refuse_to_load(monkeypatch)
+    put_harness(monkeypatch, {"sums": 0.5})
+    code, _, error = coterie(capsys, monkeypatch, "quality", "--task", "sums", "--task", "sum")
+    assert code == 1
+    assert "task sum: cannot be run, lm-evaluation-harness has none of that name; give another to --task" in error
+    monkeypatch.setattr(importlib.util, "find_spec", lambda *_: None)
+    code, _, error = coterie(capsys, monkeypatch, "quality", "--task", "c2r")
+    assert code == 1
+    assert "pip install 'coterie[lm-eval]'" in error
+
+
+def test_what_was_measured_is_shown_though_something_fails(tmp_path, capsys, monkeypatch):
+    put_harness(monkeypatch, {"sums": 0.5, "broken": OSError("no such data")})
+    quick = ("--max-tokens", "256", "--json")
+    code, shown, error = coterie(capsys, monkeypatch, "quality", "--task", "sums", "--task", "broken", *quick)
+    assert code == 1
+    assert "tasks sums, broken: cannot be run (no such data)" in error
+    figures = json.loads(shown)[zoo.NAME]
+    assert figures["sums"] == 0.5
+    assert figures["all"] > 1
+    (tmp_path / "empty").mkdir()
+    code, shown, error = coterie(capsys, monkeypatch, "quality", zoo.MODEL, tmp_path / "empty", *quick)
+    assert code == 1
+    assert "empty: cannot be loaded as a model" in error
+    assert len(json.loads(shown)) == 1
+
+
+def test_memory_that_lacks_is_told_of_any_command(capsys, monkeypatch):
+    def full(*_, **__):
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes")
+
+    monkeypatch.setattr("profiler.loading.load_model", full)
+    code, _, error = coterie(capsys, monkeypatch, "quality")
+    assert code == 1
+    assert "where the command has them give a smaller --batch-size or --sequence-length" in error
+    assert "else a larger device" in error
 
 
 def test_codesign_lowers_fan_out_until_it_does_not(capsys):

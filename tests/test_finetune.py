@@ -149,6 +149,8 @@ def test_same_seed_same_bytes_and_resuming_changes_nothing(tokenizer, tmp_path):
     assert not out.exists()
     assert (checkpoint_folder(out) / "checkpoint-4").is_dir()
     (checkpoint_folder(out) / "checkpoint-6").mkdir()  # as a run that is killed while it writes one leaves it
+    with pytest.raises(CoterieError, match="an unfinished run with 4 steps is there; go on with --resume, or remove"):
+        weights_after(tokenizer, out)
     steps = []
     assert weights_after(tokenizer, out, resume=True, on_step=lambda step, *_: steps.append(step)) == whole
     assert steps == [5, 6]
@@ -179,10 +181,11 @@ def test_runs_that_do_not_fit_are_refused(tokenizer, tmp_path):
 
     with pytest.raises(StopError):
         finetune(loaded, examples(), None, SHORT, out, on_step=stop)
-    with pytest.raises(CoterieError, match="was begun with other seed"):
+    with pytest.raises(CoterieError, match="was begun with other seed .* or remove that folder to begin anew"):
         finetune(loaded, examples(), None, Training(**{**SHORT.__dict__, "seed": 4}), out, resume=True)
     with pytest.raises(CoterieError, match="examples_digest"):
         finetune(loaded, examples(length=9), None, SHORT, out, resume=True)
+    finetune(loaded, examples(), None, SHORT, out)  # nothing is lost, since there was no checkpoint yet
     (tmp_path / "mine").mkdir()
     with pytest.raises(CoterieError, match="is no fine-tuned model"):
         finetune(loaded, examples(), None, SHORT, tmp_path / "mine")

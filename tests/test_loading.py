@@ -85,6 +85,15 @@ def test_odd_options_are_refused(options, message, tmp_path, monkeypatch):
     assert not list(tmp_path.iterdir())
 
 
+def test_a_model_that_is_larger_than_the_device_can_be_spread(monkeypatch):
+    def full(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB.\nSee more.")
+
+    monkeypatch.setattr("transformers.PreTrainedModel.to", full)
+    with pytest.raises(CoterieError, match=r"'cuda': lacks memory for the model \(.* GiB.\); .* --device-map auto"):
+        load_model(None, "cuda")
+
+
 def test_batches_can_be_iterated_again_and_from_the_middle():
     loaded = load_model(None, "cpu")
     batches = loaded.batches(read_documents([zoo.CALIBRATION]), 32, 4, 2_000)

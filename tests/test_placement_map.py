@@ -148,6 +148,16 @@ def test_a_failed_write_leaves_nothing(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["plan.json"]
 
 
+def test_what_a_recording_does_not_say_of_its_model_rules_nothing_out():
+    known = replace(make_spec(2, 8, 2), hidden_size=32, expert_size=16)
+    imported = replace(known, name="trace", model_type="unknown", hidden_size=0, expert_size=0)
+    assert imported.routes_like(known)
+    assert known.routes_like(imported)
+    assert not replace(imported, top_k=3).routes_like(known)
+    assert not replace(known, model_type="mixtral").routes_like(known)
+    assert not replace(imported, hidden_size=64).routes_like(known)
+
+
 def test_files_from_before_hidden_layers_were_recorded_are_read(tmp_path):
     from profiler.spec import MoESpec
 

@@ -136,6 +136,16 @@ def test_empty_slots_are_blank(axes, profile):
     assert np.isfinite(np.asarray(image.get_array())[0, 2])
 
 
+def test_experts_that_were_never_picked_are_blank(axes):
+    pairs, load = np.zeros((4, 4), np.int64), np.array([5, 5, 5, 0])
+    pairs[0, 1] = pairs[1, 0] = 3
+    image = plots.coactivation_heatmap(axes, pairs, load, np.arange(4), 2, "title")
+    assert np.isnan(np.asarray(image.get_array())[3]).all()
+    assert np.asarray(image.get_array())[0, 2] == -2  # might have met, and never did
+    image = plots.coactivation_heatmap(axes, np.zeros_like(pairs), load, np.arange(4), 2, "title")
+    assert np.isnan(np.asarray(image.get_array())).all()  # top-1: no pair could
+
+
 def test_ranks_keep_apart_in_any_colour_vision():
     assert len({plots.rank_colour(rank, 8) for rank in range(8)}) == 8
     assert len({plots.rank_colour(rank, 64) for rank in range(64)}) == 64

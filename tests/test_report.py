@@ -19,7 +19,7 @@ from placement.bootstrap import bootstrap
 from placement.cli.insights import _planner as planner_of
 from placement.compare import plan_and_compare
 from placement.cost import evaluate
-from placement.insight import gather, study_data
+from placement.insight import gather, pairs_beyond_chance, study_data
 from placement.placement_map import PlacementMap
 from placement.report import write_report
 from placement.report.bench_picture import draw_bench
@@ -30,7 +30,9 @@ from placement.timing import Workload
 from placement.topology import Links, Topology
 from placement.verdict import answers
 from profiler import CoterieError, Profile
+from profiler.analysis import lift
 from profiler.chance import shuffled
+from profiler.merging import merge
 
 TOPOLOGY = Topology.for_experts(16, 4)
 
@@ -177,6 +179,33 @@ def test_plans_and_benches_of_something_else_are_refused(profile, planned):
         gather(profile, other)
     with pytest.raises(CoterieError, match="the bench ran on 2 ranks, the plan is for 4"):
         gather(profile, planned, bench=bench_result(2))
+
+
+def test_parts_of_what_a_plan_was_made_with_count_as_seen(profile, planned, tmp_path):
+    profile.save(tmp_path / "run.profile")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["coterie", "profile", "split", str(tmp_path / "run.profile"), "--by", "domain"])
+        sys.argv += ["-o", str(tmp_path / "parts")]
+        with suppress(SystemExit):
+            cli.main()
+    part = Profile.load_from(tmp_path / "parts" / "code.profile")
+    assert insight_of(part, planned).seen
+    merge([tmp_path / "run.profile", tmp_path / "parts" / "code.profile"], tmp_path / "both.profile")
+    assert insight_of(Profile.load_from(tmp_path / "both.profile"), planned).seen
+    assert insight_of(profile, planned, held_out=part).seen
+
+
+def test_the_pairs_that_are_named_are_those_most_beyond_chance():
+    """Expert 0 meets three others more often than expert 9, but these by chance."""
+    picks = [[0, 1]] * 100 + [[0, 2]] * 100 + [[0, 3]] * 100 + [[0, 9]] * 90
+    picks += [[a, b] for a in (1, 2, 3) for b in (4, 5, 6, 7)] * 30 + [[8, 10]] * 5
+    ids = np.array(picks, np.uint8)[None]
+    profile = Profile.from_tokens(make_spec(1, 11, 2), ["a", "b"], make_trace(ids), {})
+    best = pairs_beyond_chance(profile).iloc[0]
+    assert (best["expert"], best["partner"]) == (0, 9)
+    pairs = profile.counts.coactivation.sum(axis=0)[0]
+    assert best["share"] == 90 / 390
+    assert best["excess"] == pytest.approx(90 * (1 - 1 / lift(pairs, profile.counts.load.sum(axis=0)[0])[0, 9]))
 
 
 def test_the_verdict_is_about_unseen_traffic():

@@ -63,4 +63,7 @@ def main() -> None:
     except RuntimeError as error:
         if not _lacks_memory(error):
             raise
-        _stop(f"not enough memory ({first_line(error)}); give a smaller --batch-size or --sequence-length")
+        _stop(
+            f"not enough memory ({first_line(error)}); where the command has them give a smaller --batch-size or "
+            "--sequence-length (a run that is resumed keeps its own), else a larger device"
+        )

@@ -27,6 +27,25 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Where should each expert of a Mixture-of-Experts model live?",
 )
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        from importlib.metadata import version
+
+        typer.echo(f"coterie {version('coterie')}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", is_eager=True, callback=_version, help="Print the version and stop.")
+    ] = False,
+) -> None:
+    pass
+
+
 notes = Console(stderr=True, markup=False)  # names out of files may look like markup
 tables = Console(markup=False)
 
@@ -50,7 +69,7 @@ Data = Annotated[
     list[str] | None,
     typer.Option(
         help="Text file, .jsonl, a folder of them (a domain each), or a Hugging Face dataset on disk or by name; may "
-        "be given several times."
+        "be given several times; texts that come with coterie if left out."
     ),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]

@@ -248,7 +248,7 @@ def finetune(
     """
     from placement.constraints.config import load
     from placement.constraints.examples import instruction_examples, text_examples
-    from placement.constraints.finetune import Training, checkpoint_folder, require_own_folder
+    from placement.constraints.finetune import Training, checkpoint_folder, require_own_folder, unfinished_steps
     from placement.constraints.finetune import finetune as run_finetune
     from profiler import zoo
     from profiler.documents import read_documents
@@ -263,7 +263,7 @@ def finetune(
     )
     if data and instructions:
         raise CoterieError("--data and --instructions: give one of them")
-    require_own_folder(out)  # whose name the others have
+    require_own_folder(out, resume=resume)  # whose name the others have
     unseen = read_documents(held_out or [zoo.HELD_OUT])
     runs: dict[str, tuple[Any, Path]] = {}
     if limited is not None:
@@ -273,32 +273,37 @@ def finetune(
     else:
         runs["plainly fine-tuned"] = (None, out)
     for _, folder in runs.values():
-        require_own_folder(folder)
+        require_own_folder(folder, resume=resume)
     any_begun = any(begun(folder) for _, folder in runs.values())  # if none is, going on is refused
     loaded = load_model(model, device, dtype="float32")
     measured = {"as it was": _measure(loaded, None, unseen, held_out_tokens)}
     if limited is not None:
         measured[f"as it was, {limited.name}"] = _measure(loaded, limited, unseen, held_out_tokens)
-    for name, (its_constraint, folder) in runs.items():
-        del loaded  # so that the next one finds its place free
-        loaded = load_model(model, device, dtype="float32")
-        if instructions:
-            examples = instruction_examples(loaded, instructions, sequence_length)
-        else:
-            examples = text_examples(loaded, read_documents(data or [zoo.CALIBRATION]), sequence_length)
-        notes.print(f"{name}: {len(examples):,} sequences, {steps:,} steps of {batch_size}")
-        with progress_bar("steps") as advance_to:
-            run_finetune(
-                loaded,
-                examples,
-                its_constraint,
-                training,
-                folder,
-                resume=resume and (begun(folder) or not any_begun),
-                on_step=lambda step, total, _loss, advance_to=advance_to: advance_to(step, total),  # type: ignore[misc]
-            )
-        measured[name] = _measure(loaded, its_constraint, unseen, held_out_tokens)
-        notes.print(f"wrote {folder}")
+    try:
+        for name, (its_constraint, folder) in runs.items():
+            del loaded  # so that the next one finds its place free
+            loaded = load_model(model, device, dtype="float32")
+            if instructions:
+                examples = instruction_examples(loaded, instructions, sequence_length)
+            else:
+                examples = text_examples(loaded, read_documents(data or [zoo.CALIBRATION]), sequence_length)
+            notes.print(f"{name}: {len(examples):,} sequences, {steps:,} steps of {batch_size}")
+            with progress_bar("steps") as advance_to:
+                run_finetune(
+                    loaded,
+                    examples,
+                    its_constraint,
+                    training,
+                    folder,
+                    resume=resume and (begun(folder) or not any_begun),
+                    on_step=lambda step, total, _loss, advance_to=advance_to: advance_to(step, total),  # type: ignore[misc]
+                )
+            measured[name] = _measure(loaded, its_constraint, unseen, held_out_tokens)
+            notes.print(f"wrote {folder}")
+    except KeyboardInterrupt:
+        kept = any(name in measured or unfinished_steps(folder) for name, (_, folder) in runs.items())
+        notes.print("stopped; go on from the last checkpoint with --resume" if kept else "stopped")
+        raise typer.Exit(130) from None
     _show(measured, as_json)
 
 
@@ -324,11 +329,14 @@ def quality(
     Example: coterie quality ./OLMoE-1B-7B ./tuned-plain ./tuned --data held-out/
     """
     from placement.constraints.config import FILE_NAME, digest_of, load
-    from placement.constraints.harness import run_tasks
+    from placement.constraints.harness import known_tasks, run_tasks
     from profiler import zoo
     from profiler.documents import read_documents
     from profiler.loading import load_model
 
+    for option, value in (("--task-folder", task_folder), ("--task-limit", task_limit)):
+        if value is not None and not task:
+            raise CoterieError(f"{option} {value}: is for tasks; give --task too, or leave it out")
     unseen = read_documents(data or [zoo.HELD_OUT])
     given = load(constraint) if constraint else None
     own = {folder: load(Path(folder)) for folder in models or () if (Path(folder) / FILE_NAME).is_file()}
@@ -338,20 +346,27 @@ def quality(
                 f"{folder}: is measured under the constraint in its folder, --constraint is another; leave it out, or "
                 "measure this model by itself"
             )
+    if task:
+        known_tasks(task, task_folder)
     measured: dict[str, dict[str, float]] = {}
     labels: set[str] = set()
-    for model in [*models] if models else [None]:
-        loaded = load_model(model, device)
-        cases = [own[model]] if model in own else [None, *([given] if given is not None else [])]
-        for case in cases:
-            shown = loaded.name if loaded.name not in labels else str(model)  # folders may have the same last name
-            name = shown if case is None else f"{shown}, {case.name}"
-            measured[name] = _measure(loaded, case, unseen, max_tokens)
-            if task:
-                measured[name] |= run_tasks(loaded, case, task, folder=task_folder, limit=task_limit)
-        labels.add(loaded.name)
-        del loaded  # so that the next one finds its place free
-    _show(measured, as_json)
+    try:
+        for model in [*models] if models else [None]:
+            loaded = load_model(model, device)
+            cases = [own[model]] if model in own else [None, *([given] if given is not None else [])]
+            for case in cases:
+                shown = loaded.name if loaded.name not in labels else str(model)  # folders may have the same last name
+                name = shown if case is None else f"{shown}, {case.name}"
+                measured[name] = _measure(loaded, case, unseen, max_tokens)
+                if task:
+                    run_tasks(
+                        loaded, case, task, folder=task_folder, limit=task_limit, on_figures=measured[name].update
+                    )
+            labels.add(loaded.name)
+            del loaded  # so that the next one finds its place free
+    finally:  # what was measured is shown, whatever failed behind it
+        if measured:
+            _show(measured, as_json)
 
 
 def _measure(loaded: LoadedModel, constraint: Constraint | None, documents: Any, max_tokens: int) -> dict[str, float]:

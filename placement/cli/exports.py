@@ -148,6 +148,8 @@ def verify(
 
     Example: coterie export verify ./OLMoE-1B-7B ./OLMoE-planned --data texts/
     """
+    import torch
+
     from placement.exporters.checkpoint import read_permuted_map
     from placement.exporters.verify import compare, random_tokens
     from profiler.documents import read_documents
@@ -163,7 +165,8 @@ def verify(
 
     first = load(original)
     if data:
-        input_ids = next(iter(first.batches(read_documents(data), num_tokens, 1, num_tokens))).input_ids
+        batches = first.batches(read_documents(data), num_tokens, 1, num_tokens)
+        input_ids = torch.cat([batch.input_ids for batch in batches], dim=1)  # as many texts as it takes, in a row
     else:
         input_ids = random_tokens(first.model.config.get_text_config().vocab_size, num_tokens, seed)
     models = [first.model]

@@ -145,6 +145,7 @@ def plan(
             on_layer=lambda: advance_to(next(done), total),
         )
     if certify is not None:
+        placement.save(out)  # proofs may take long, and the plan is there without them
         with progress_bar("layers") as advance_to:
             done = iter(range(1, recorded.model.num_layers + 1))
             advance_to(0, recorded.model.num_layers)
@@ -162,6 +163,8 @@ def plan(
     sentences = verdict(placement.metrics, strategy, options)
     if as_json:
         value = {"plan": str(out), "strategy": strategy, "metrics": placement.metrics, "verdict": sentences}
+        if placement.certificate is not None:
+            value["certificate"] = placement.certificate
         print_json(value if regrets is None else {**value, "regret": regrets})
     else:
         tables.print(plan_table(placement))
@@ -276,7 +279,8 @@ def evaluate(
         sent = ", ".join(f"{name} {mean:.2f}" for name, mean in rows.items())
         notes.print(f"{engine} ({backend.option}) {backend.decides}", highlight=False, soft_wrap=True)
         notes.print(f"rows sent for a token: {sent}", highlight=False, soft_wrap=True)
-    tables.print(metrics_table(f"{model.name} on {topology.num_ranks} ranks, {tokens.num_tokens:,} tokens", figures))
+    title = f"{model.name} on {topology.num_ranks} ranks, {tokens.num_tokens:,} tokens"
+    tables.print(metrics_table(title, figures, nodes=topology.num_nodes > 1))
     if by_layer:
         names = [name for name in METRICS if hasattr(by_layer, name)]
         table = Table("layer", *(Column(name, justify="right") for name in names))

@@ -88,6 +88,8 @@ def profile(
     )
     with waiting(f"loading {model or zoo.NAME}"):
         loaded = load_model(model, device, device_map=device_map, dtype=dtype)
+    if model and not data:
+        notes.print("no --data: the texts that come with coterie; give yours for a plan of your own traffic")
     started = time.perf_counter()
     before: list[float] = []  # share of the text that a run that was stopped has done
     try:
@@ -116,7 +118,8 @@ def profile(
             )
     except KeyboardInterrupt:
         left = unfinished_folder(out)
-        notes.print(f"stopped; {left} holds what was recorded: go on with --resume" if left.exists() else "stopped")
+        how = "--resume, without --similarity" if similarity else "--resume"
+        notes.print(f"stopped; {left} holds what was recorded: go on with {how}" if left.exists() else "stopped")
         raise typer.Exit(130) from None
     seconds = time.perf_counter() - started
     if similarity and isinstance(alike, RouterSimilarity):
@@ -164,6 +167,9 @@ def split_profile(
 
     Example: coterie profile split run.profile --by domain -o by-domain/
     """
+    from dataclasses import replace
+
+    from profiler.folder import sources
     from profiler.profile import Profile
 
     recorded = Profile.load_from(run)
@@ -181,7 +187,10 @@ def split_profile(
         folders[folder] = name
     written = {}
     for folder, name in folders.items():
-        part = parts[name]
+        part = replace(
+            parts[name],
+            provenance={**parts[name].provenance, "made_from": sources(recorded.digest, recorded.provenance)},
+        )
         part.save(folder)
         written[str(folder)] = part.num_tokens
     if as_json:

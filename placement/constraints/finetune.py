@@ -213,17 +213,22 @@ def _losses(state: Any) -> list[float]:
     return [entry["loss"] for entry in state.log_history if "loss" in entry]
 
 
-def require_own_folder(out: Path) -> None:
+def require_own_folder(out: Path, *, resume: bool = False) -> None:
     """Check before long work that a fine-tuned model can be written there.
 
     Raises:
-        CoterieError: it cannot be, or something else is there.
+        CoterieError: it cannot be, something else is there, or a run to go on with that would be lost.
     """
     if not out.name:
         raise CoterieError(f"{out}: is no name for a folder; give one to -o")
     require_writable_parent(out)
     if out.exists() and not (out / RUN_FILE).is_file():
         raise CoterieError(f"{out}: exists and is no fine-tuned model; give another name to -o")
+    if not resume and (done := unfinished_steps(out)):
+        raise CoterieError(
+            f"{checkpoint_folder(out)}: an unfinished run with {done} steps is there; go on with --resume, or remove "
+            "that folder"
+        )
 
 
 def finetune(
@@ -243,9 +248,9 @@ def finetune(
 
     Raises:
         CoterieError: as `train`; `out` cannot be written or is not a fine-tuned model; or there are checkpoints of a
-            run with other settings or examples.
+            run with other settings or examples, or of any run if it shall not be resumed.
     """
-    require_own_folder(out)
+    require_own_folder(out, resume=resume)
     work = checkpoint_folder(out)
     run = {
         "model": loaded.name,
@@ -258,12 +263,12 @@ def finetune(
     with constrain(loaded.model, constraint):
         _require_trainable(loaded.model)  # refused before anything is written
     if resume and not (work / RUN_FILE).exists() and out.exists():  # done already
-        _require_same_run(out, run)
+        _require_same_run(out, run, "leave --resume out")
         shutil.rmtree(work, ignore_errors=True)
         _load_weights(loaded.model, out)
         return out
     if resume:
-        _require_same_run(work, run)
+        _require_same_run(work, run, "remove that folder")
     else:
         shutil.rmtree(work, ignore_errors=True)
     write_json(work / RUN_FILE, run)
@@ -291,19 +296,28 @@ def checkpoint_folder(out: Path) -> Path:
     return out.with_name(f".{out.name}.checkpoints")
 
 
+def unfinished_steps(out: Path) -> int:
+    """Steps in the last complete checkpoint of a run that has not written `out`; 0 if there is none."""
+    work = checkpoint_folder(out)
+    if not (work / RUN_FILE).exists():  # it was removed when the run was done
+        return 0
+    complete = (file.parent.name.rpartition("-")[2] for file in work.glob(f"checkpoint-*/{COMPLETE}"))
+    return max(map(int, complete), default=0)
+
+
 def _load_weights(model: Any, folder: Path | str) -> None:
     """Those of a saved model, which has experts one by one, into one that may have them packed."""
     stored = type(model).from_pretrained(folder, dtype=model.dtype)
     model.load_state_dict(stored.state_dict())
 
 
-def _require_same_run(work: Path, run: dict[str, Any]) -> None:
+def _require_same_run(work: Path, run: dict[str, Any], anew: str) -> None:
     before = read_json(work / RUN_FILE, "a fine-tuning run", "there is none to go on with; leave --resume out")
     changed = sorted(key for key in run if before.get(key) != run[key])
     if changed:
         raise CoterieError(
             f"{work}: was begun with other {', '.join(changed)} ({changed[0]} {before.get(changed[0])!r}, now "
-            f"{run[changed[0]]!r}); give the same, or leave --resume out to begin anew"
+            f"{run[changed[0]]!r}); give the same, or {anew} to begin anew"
         )
 
 

@@ -23,6 +23,8 @@ from profiler.files import read_json, require_writable_parent, sync, write_json
 MAP_FILE = "coterie-placement.json"
 """In a permuted checkpoint: the plan that it was permuted by."""
 INDEX = "model.safetensors.index.json"
+CONSTRAINT = "constraint.safetensors"
+"""`FILE_NAME` of `placement.constraints.config`, which imports torch; reading a map here does not."""
 OTHER_WEIGHTS = {".safetensors", ".bin", ".pt", ".pth", ".h5", ".msgpack", ".gguf", ".onnx", ".partial"}
 """Endings of files that hold weights in the old order and stay behind."""
 QUANTIZATION_FILES = ("hf_quant_config.json", "quantize_config.json", "quant_config.json")
@@ -48,8 +50,8 @@ def permute_checkpoint(
         on_bytes: called with the bytes written and those in all.
 
     Raises:
-        CoterieError: the source is no such checkpoint, not of the plan's model or permuted already (or by another
-            plan), the plan is no permutation, or the target is not empty or cannot be written.
+        CoterieError: the source is no such checkpoint, not of the plan's model, permuted already (or by another plan)
+            or has a constraint, the plan is no permutation, or the target is not empty or cannot be written.
     """
     _require_new(target, source)
     config = read_text_config(source)
@@ -148,6 +150,11 @@ def _require_state(source: Path, placement: PlacementMap, invert: bool) -> None:
     elif (source / MAP_FILE).exists():
         raise CoterieError(
             f"{source}: is permuted already, see its {MAP_FILE}; give the original, or --invert it first"
+        )
+    if (source / CONSTRAINT).exists():
+        raise CoterieError(
+            f"{source}: experts' numbers in its {CONSTRAINT} would be old ones; move that file away, and constrain the "
+            "exported model anew, from a profile of it"
         )
 
 

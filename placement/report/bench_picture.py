@@ -41,7 +41,8 @@ def _bars(axes: Axes, result: BenchResult, run: BenchRun) -> None:
     names = [f"{row.implementation}\n{row.map}" for row in run.rows]
     left = np.zeros(len(names))
     parts = [(part, [getattr(row, part).median for row in run.rows]) for part in ("dispatch", "expert", "combine")]
-    rest = [max(0.0, row.total.median - row.layer) for row in run.rows]
+    drawn = np.sum([widths for _, widths in parts], axis=0)
+    rest = [max(0.0, row.total.median - part) for row, part in zip(run.rows, drawn, strict=True)]
     for (name, widths), colour in zip((*parts, ("rest of the step", rest)), PARTS, strict=True):
         axes.barh(names, widths, left=left, label=name, color=colour)
         left += np.array(widths)
@@ -49,7 +50,7 @@ def _bars(axes: Axes, result: BenchResult, run: BenchRun) -> None:
     axes.set_title(
         f"{result.workload}, {run.num_ranks} ranks, {result.wire}, {run.tokens_per_rank} tokens a rank", fontsize=9
     )
-    axes.set_xlabel("ms of a step, slowest rank")
+    axes.set_xlabel("ms, slowest rank; parts started by all at once")
     axes.tick_params(axis="y", labelsize="x-small")
     axes.set_xlim(0, 1.3 * left.max() or None)  # room for the legend
     axes.legend(fontsize="x-small")

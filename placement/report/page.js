@@ -61,7 +61,7 @@ function lift(layer, a, b) {
     chanceScale[layer] = 2 * pairs / Math.max(sum * sum - squares, 1);
   }
   const chance = load[a] * load[b] * chanceScale[layer];
-  return chance > 0 ? pairCount(layer, a, b) / chance : 0;
+  return chance > 0 ? pairCount(layer, a, b) / chance : NaN;
 }
 function partners(layer, expert, n) {
   const others = [...Array(E).keys()].filter(other => other !== expert && pairCount(layer, expert, other) > 0);
@@ -79,7 +79,9 @@ function drawPairs(canvas, order, perRank) {
   for (let y = 0; y < n; y++) for (let x = 0; x < n; x++) {
     const a = order[y], b = order[x];
     if (a < 0 || b < 0 || a === b) continue;
-    ctx.fillStyle = rgb(between(stops, (Math.max(-2, Math.min(2, Math.log2(lift(layer, a, b) || 0.01))) + 2) / 4));
+    const times = lift(layer, a, b);
+    if (Number.isNaN(times)) continue;
+    ctx.fillStyle = rgb(between(stops, (Math.max(-2, Math.min(2, Math.log2(times || 0.01))) + 2) / 4));
     ctx.fillRect(x * cell, y * cell, cell, cell);
   }
   ctx.strokeStyle = css("--text");
@@ -99,7 +101,7 @@ function drawPairs(canvas, order, perRank) {
     if (a < 0 || b < 0) return "empty slot";
     if (a === b) return `expert ${a}: ${whole(data.load[layer][a])} tokens`;
     const count = pairCount(layer, a, b);
-    return `experts ${a} and ${b}\n${whole(count)} tokens (${percent(count / data.tokens, 2)}), ${lift(layer, a, b).toFixed(2)} times chance`;
+    return `experts ${a} and ${b}\n${whole(count)} tokens (${percent(count / data.tokens, 2)})${Number.isNaN(lift(layer, a, b)) ? "" : `, ${lift(layer, a, b).toFixed(2)} times chance`}`;
   };
 }
 function drawLoads() {
@@ -275,7 +277,8 @@ function drawExperts() {
   }).join("");
   const active = byId("experts").querySelector("[aria-sort]");
   if (active) sortBy(active, active.getAttribute("aria-sort"));
-  byId("experts").querySelector("tr.found")?.scrollIntoView({ block: "nearest" });
+  const row = byId("experts").querySelector("tr.found"), table = byId("experts").closest(".tall");
+  if (row && table) table.scrollTop = row.offsetTop - table.clientHeight / 2;  // the page itself stays where it is
   const found = byId("found"), e = state.expert;
   if (e < 0) { found.innerHTML = ""; return; }
   const byDomain = data.domainLoad.length ? data.domains.map((name, d) => [name, data.domainLoad[d][layer][e] / Math.max(data.domainTokens[d], 1)]).filter((_, d) => data.domainTokens[d]).sort((a, b) => b[1] - a[1]) : [];

@@ -8,7 +8,6 @@ dispatch, experts and combine, so that none of these is charged with what a slow
 from __future__ import annotations
 
 import itertools
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -29,8 +28,9 @@ from profiler.loading import LoadedModel, load_model
 from profiler.profile import Profile
 
 MAX_DIFFERENCE = 1e-4
-"""Largest difference from the single process that counts as exact in float32: of outputs, and of gradients over their
-largest value.  Exchanges that round on the way are not held to it, but their differences have to be numbers."""
+"""Largest difference from the single process that counts as exact in float32: of outputs, over their largest value
+where that is above 1, and of gradients over theirs.  Exchanges that round on the way are not held to it, but their
+differences have to be numbers."""
 
 
 @dataclass(frozen=True)
@@ -140,16 +140,16 @@ def bench(
         raise CoterieError(
             f"maps for {len(together)} topologies: under torchrun the ranks are given, bench one at a time"
         )
-    runs: list[BenchRun] = []
-    for group in together.values():
-        task = _task(group, settings, model, replay, full)
+    tasks = [_task(group, settings, model, replay, full) for group in together.values()]
+    for task in tasks:
         if profile is not None:  # say what is wrong before anything is started
             num_ranks = task.maps["linear"].topology.num_ranks
             cut_replay(spec, profile.require_tokens(), num_ranks * max(task.num_tokens), settings.num_layers, task.seed)
+    runs: list[BenchRun] = []
+    for task in tasks:
         ranks = _run(task, settings.network)
         if ranks is None:
             return None
-        _require_exact(task, ranks)
         backend = ranks[0]["backend"]
         for at, count in enumerate(settings.sequences_per_rank):
             runs.append(joined(task, ranks, at, settings.tokens_per_step(count)))
@@ -197,6 +197,7 @@ def _task(
         num_layers=settings.num_layers,
         num_tokens=[settings.tokens_per_step(count) * settings.steps_of_a_pass for count in counts] if replay else [],
         seed=settings.seed,
+        tolerance=MAX_DIFFERENCE,
     )
 
 
@@ -229,15 +230,3 @@ def _run(task: Task, network: str | None) -> list[dict[str, Any]] | None:
         return run_on_ranks(run_task, topology.num_ranks, arguments)
     with hosts(topology.num_nodes, network, topology.ranks_per_node) as made:
         return run_on_ranks(run_task, topology.num_ranks, arguments, made.enter)
-
-
-def _require_exact(task: Task, ranks: Sequence[Mapping[str, Any]]) -> None:
-    for rank in ranks:
-        for batch in rank["batches"]:
-            for case, figures in zip(task.cases, batch["cases"], strict=True):
-                difference, rounds = figures["max_difference"], MODES[case.mode].wire_dtype is not None
-                if not (math.isfinite(difference) if rounds else difference <= MAX_DIFFERENCE):
-                    raise CoterieError(
-                        f"{case.implementation} on the {case.map} map: differs by {difference:.2e} from "
-                        f"the single-process model, at most {MAX_DIFFERENCE:g} is exact; do not trust this run"
-                    )

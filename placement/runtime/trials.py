@@ -25,6 +25,7 @@ from placement.runtime.meter import PHASES, Meter
 from placement.runtime.network import bytes_sent_by_interface, host_identity, interface_name
 from placement.runtime.probe import measure_links
 from placement.runtime.workloads import ReplayWorkload, TextWorkload, Workload, cut_replay
+from profiler.errors import CoterieError
 from profiler.loading import load_model
 from profiler.profile import Profile
 
@@ -63,6 +64,7 @@ class Task:
         num_layers: of the replay, None for all.
         num_tokens: for each batch of a replay, tokens of a rank.
         seed: of what is random.
+        tolerance: largest difference from one process that counts as exact where nothing is rounded.
     """
 
     cases: Sequence[Case]
@@ -77,6 +79,7 @@ class Task:
     num_layers: int | None
     num_tokens: Sequence[int]
     seed: int
+    tolerance: float
 
 
 def run_task(rank: int, device: torch.device, arguments: Mapping[str, Any]) -> dict[str, Any]:
@@ -150,7 +153,9 @@ def _run_cases(
         for at, (case, meter) in enumerate(zip(cases, meters, strict=True)):
             with installed(workload.layers, implementations[at]):
                 if repeat == 0:  # a warm-up: checked, not timed
-                    case["max_difference"] = reference.difference(workload, implementations[at])
+                    differences = reference.differences(workload, implementations[at])
+                    _require_exact(task, task.cases[at], differences, float(reference.outputs.abs().max()))
+                    case["max_difference"] = float(np.max(differences))  # unlike Python's own, not past NaN
                     continue
                 action = trainers[at].step if task.training else _forward_of(workload)
                 workload.reset()
@@ -173,6 +178,26 @@ def _run_cases(
                 case["phases"].append([list(meter.seconds[name]) for name in PHASES])
                 case["index"].append(meter.index_seconds)
     return {"cases": cases, "topk_ids": _encoded(reference.topk_ids)}
+
+
+def _require_exact(task: Task, case: Case, differences: tuple[float, float], largest_output: float) -> None:
+    """Check what a case computes before it is timed.
+
+    Args:
+        differences: as `_Reference.differences` has them.
+
+    Raises:
+        CoterieError: it is not what one process does.
+    """
+    rounds = MODES[case.mode].wire_dtype is not None
+    bounds = task.tolerance * max(1.0, largest_output), task.tolerance
+    for difference, bound in zip(differences, bounds, strict=True):
+        if not (math.isfinite(difference) if rounds else difference <= bound):
+            ties = " (a token whose experts' scores tie may be routed otherwise: give other text, or --replay)"
+            raise CoterieError(
+                f"{case.implementation} on the {case.map} map: differs by {difference:.2e} from the single-process "
+                f"model, at most {bound:g} is exact; do not trust this run{'' if task.replay else ties}"
+            )
 
 
 def _forward_of(workload: Workload) -> Callable[[], None]:
@@ -215,17 +240,17 @@ class _Reference:
                         dist.all_reduce(gradient, group=group)
             _forget(workload, [])
 
-    def difference(self, workload: Workload, implementations: Sequence[EPImplementation]) -> float:
-        """Largest absolute difference of outputs; in training of any gradient too, over its largest value.
+    def differences(self, workload: Workload, implementations: Sequence[EPImplementation]) -> tuple[float, float]:
+        """Largest absolute difference of outputs; in training that of any gradient, over its largest value, else 0.
 
         Infinite where a gradient is lost, NaN where one of all these is.
         """
         workload.reset()
         with torch.set_grad_enabled(self.training):
             outputs = workload.forward()
-        found = [float((outputs.detach() - self.outputs).abs().max())]
+        of_outputs = float((outputs.detach() - self.outputs).abs().max())
         if not self.training:
-            return found[0]
+            return of_outputs, 0.0
         workload.loss(outputs).backward()
         pairs = [(parameter.grad, wanted) for parameter, wanted in zip(workload.dense, self.dense, strict=True)]
         for implementation, of_all in zip(implementations, self.experts, strict=True):
@@ -233,9 +258,9 @@ class _Reference:
             for name, parameter in implementation.experts.named_parameters():
                 gradient = of_all[name]
                 pairs.append((parameter.grad, None if gradient is None else gradient[rows]))
-        found += [_difference(got, wanted) for got, wanted in pairs]
+        of_gradients = [_difference(got, wanted) for got, wanted in pairs]
         _forget(workload, implementations)
-        return float(np.max(found))  # unlike Python's own, it does not pass over NaN
+        return of_outputs, float(np.max(of_gradients, initial=0.0))  # it does not pass over NaN
 
 
 def _difference(got: torch.Tensor | None, wanted: torch.Tensor | None) -> float:

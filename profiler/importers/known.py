@@ -6,7 +6,7 @@ from collections.abc import Collection
 from dataclasses import dataclass
 
 from profiler.errors import CoterieError
-from profiler.spec import MoESpec
+from profiler.spec import UNNAMED, MoESpec
 
 
 @dataclass(frozen=True)
@@ -81,7 +81,7 @@ class Known:
             raise CoterieError(f"expert {highest_id} is recorded, must be below num_experts ({num_experts})")
         return MoESpec(
             name=self.name or name,
-            model_type=self.model_type or "unknown",
+            model_type=self.model_type or UNNAMED,
             layer_ids=found,
             num_experts=num_experts,
             top_k=top_k,
