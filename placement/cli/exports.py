@@ -165,8 +165,8 @@ def verify(
 
     first = load(original)
     if data:
-        batches = first.batches(read_documents(data), num_tokens, 1, num_tokens)
-        input_ids = torch.cat([batch.input_ids for batch in batches], dim=1)  # as many texts as it takes, in a row
+        documents = read_documents(data)  # as many of them, in a row, as it takes; no name holds the model's batches
+        input_ids = torch.cat([batch.input_ids for batch in first.batches(documents, num_tokens, 1, num_tokens)], dim=1)
     else:
         input_ids = random_tokens(first.model.config.get_text_config().vocab_size, num_tokens, seed)
     models = [first.model]
