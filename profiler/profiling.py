@@ -18,7 +18,7 @@ from profiler.folder import StoredProfile, open_profile
 from profiler.loading import LoadedModel
 from profiler.recorder import Recorder
 from profiler.trace import TokenTrace
-from profiler.writer import ProfileWriter, discard_unfinished
+from profiler.writer import ProfileWriter, discard_unfinished, unfinished_folder
 
 
 @torch.no_grad()
@@ -40,7 +40,8 @@ def profile_model(
 ) -> StoredProfile:
     """Run a model over texts and record which experts each token picks.
 
-    Memory does not grow with the texts.  A run that was killed goes on with `resume` and ends with the same counts.
+    Memory does not grow with the texts.  A run that was killed goes on with `resume` and ends with the same counts; one
+    that is complete stays as it is.
 
     Args:
         out: the profile folder.
@@ -66,20 +67,27 @@ def profile_model(
     domains = list(dict.fromkeys(document.domain for document in documents))
     of_batch: list[TokenTrace] = []
     recorder = Recorder(loaded.model, loaded.name, weights=weights, on_tokens=of_batch.append)
-    settings = {
+    run = {
         "sequence_length": sequence_length,
         "batch_size": batch_size,
         "max_tokens": max_tokens,
         "decode_tokens": decode_tokens,
         "weights": weights,
+        "text": batches.digest,
+        "model_weights": _identity(loaded.model),
     }
+    told = {**run, "seed": seed, "max_traced_tokens": max_traced_tokens}
+    done = _stored(out) if resume and not unfinished_folder(out).exists() else None
+    if done is not None and told.items() <= done.provenance.items():
+        on_progress(batches.num_tokens, batches.num_tokens)
+        return done
     writer = ProfileWriter(
         out,
         recorder.spec,
         domains,
         max_traced_tokens=max_traced_tokens,
         seed=seed,
-        run={**settings, "text": batches.digest, "model_weights": _identity(loaded.model)},
+        run=run,
         resume=resume,
     )
     position = writer.position or {"batches": 0, "tokens": 0, "next_sequence": 0}
@@ -112,7 +120,7 @@ def profile_model(
             discard_unfinished(out)
         raise
     try:
-        return writer.finish({**_provenance(loaded), **settings, "seed": seed, "text": batches.digest})
+        return writer.finish({**_provenance(loaded), **told})
     except CoterieError:
         with contextlib.suppress(CoterieError):
             writer.checkpoint(position)
@@ -127,12 +135,19 @@ def _require_same_model(out: Path, name: str) -> None:
     Raises:
         CoterieError: there is one.
     """
+    there = _stored(out)
+    if there is not None and there.model.name != name:
+        raise CoterieError(
+            f"{out}: is a recording of {there.model.name}, not of {name}; give another name to -o, or remove it"
+        )
+
+
+def _stored(folder: Path) -> StoredProfile | None:
+    """The complete recording of that name, if there is one that can be read."""
     try:
-        there = open_profile(out).model.name
-    except CoterieError:  # there is none that could be read
-        return
-    if there != name:
-        raise CoterieError(f"{out}: is a recording of {there}, not of {name}; give another name to -o, or remove it")
+        return open_profile(folder)
+    except CoterieError:
+        return None
 
 
 def _run(loaded: LoadedModel, batch: Batch, decode_tokens: int, seed: int) -> None:

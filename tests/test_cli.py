@@ -573,6 +573,15 @@ def tensors_of(folder):
         yield from ((tensor.name, data[tensor.start : tensor.end]) for tensor in header.tensors)
 
 
+def test_resuming_a_complete_recording_leaves_it_as_it_is(monkeypatch, capsys, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    once = ["profile", "--max-tokens", "600", "--resume"]
+    for said, more in (("tokens/s", []), ("complete already", []), ("tokens/s", ["--sequence-length", "64"])):
+        assert run(monkeypatch, *once, *more) == 0
+        printed = capsys.readouterr()
+        assert said in printed.out + printed.err
+
+
 def test_the_version_is_told(monkeypatch, capsys):
     assert run(monkeypatch, "--version") == 0
     assert capsys.readouterr().out.startswith("coterie ")

@@ -182,8 +182,16 @@ def codesign(
     _require_options(method, spec, top_t, limit, nodes=False, similarity=None)
     batches = loaded.batches(read_documents(data or [zoo.CALIBRATION]), 256, 8, max_tokens)
 
+    so_far: list[Round] = []
+
     def note(one: Round) -> None:
         notes.print(f"fan_out {one.fan_out:.3f}, perplexity {one.perplexity:.3f}")
+        so_far.append(one)
+        keep(best(so_far))  # a later round may fail
+
+    def keep(one: Round) -> None:
+        one.placement.save(out / "plan.json")
+        save(one.constraint, out / FILE_NAME)
 
     with notes.status("planning and constraining in turn"):
         done = alternate(
@@ -195,8 +203,6 @@ def codesign(
             on_round=note,
         )
     chosen = best(done)
-    chosen.placement.save(out / "plan.json")
-    save(chosen.constraint, out / FILE_NAME)
     figures = [
         {"fan_out": one.fan_out, "busiest_ingress": one.busiest_ingress, "perplexity": one.perplexity} for one in done
     ]

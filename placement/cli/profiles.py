@@ -125,7 +125,8 @@ def profile(
     if similarity and isinstance(alike, RouterSimilarity):
         alike.table().save(similarity)
         notes.print(f"wrote {similarity}")
-    show_profile(recorded, as_json, f"{(1 - before[0]) * recorded.num_tokens / seconds:,.0f} tokens/s")
+    rate = f"{(1 - before[0]) * recorded.num_tokens / seconds:,.0f} tokens/s"
+    show_profile(recorded, as_json, "complete already" if before[0] == 1 else rate)
 
 
 @profile_app.command()
