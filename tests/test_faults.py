@@ -10,6 +10,7 @@ import shutil
 import sys
 import tempfile
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -133,7 +134,7 @@ def prepare(here: Path) -> None:
     """What the commands read."""
     here.mkdir(parents=True)
     (here.parent / "temporary").mkdir()
-    spec = make_spec(4, 64, 8)
+    spec = replace(make_spec(4, 64, 8), name=zoo.NAME)  # as an older recording of the same model
     trace = make_trace(random_ids(0, 4, 400, 64, 8), num_sequences=8)
     Profile.from_tokens(spec, ["prose", "code"], trace, {"made": "up"}).save(here / "base.profile")
     rows = np.stack([np.random.default_rng(layer).permutation(64) for layer in range(4)])
