@@ -100,7 +100,8 @@ def test_a_bench_that_is_ended_leaves_nothing(tmp_path, how):
     spec = make_spec(2, 8, 2)
     PlacementMap.linear(spec, Topology(1, 2, 4)).save(tmp_path / "plan.json")
     code = (
-        "import time, placement.runtime.network as network\n"
+        "import signal, time, placement.runtime.network as network\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # what runs in the background may ignore it
         "from placement.runtime.launch import run_on_ranks\n"
         "from test_network import sleep\n"
         "if __name__ == '__main__':\n"
