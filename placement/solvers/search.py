@@ -81,9 +81,10 @@ def place_once(problem: LayerProblem, rng: np.random.Generator, effort: Effort) 
         if effort.num_kicks >= MANY_KICKS and topology.num_ranks > 1:
             starts += [_balanced(few, ranks_of(seed(few, rng), few), anywhere, rng) for seed in (metis, spectral)]
     start = improve(few, tokens, starts, anywhere, rng, effort)
-    if few is not problem:
-        start = improve(problem, prepare(problem), [start], anywhere, rng, replace(effort, num_kicks=0))
-    return _within_cap(problem, start, rng)
+    kept = _within_cap(problem, start, rng)
+    if few is problem and kept is start:
+        return start
+    return improve(problem, prepare(problem), [kept], anywhere, rng, replace(effort, num_kicks=0))
 
 
 def _balanced(problem: LayerProblem, rank_of: Ints, zone_of: Ints, rng: np.random.Generator) -> Ints:
@@ -95,20 +96,36 @@ def _balanced(problem: LayerProblem, rank_of: Ints, zone_of: Ints, rng: np.rando
 
 
 def _within_cap(problem: LayerProblem, rank_of: Ints, rng: np.random.Generator) -> Ints:
-    """The plan; where its start, or the draw that it was made on, let it break the cap, one like it that keeps it."""
+    """The plan; where its start, or the draw that it was made on, let it break the cap, one near it that keeps it."""
+    load = problem.expert_load
 
     def highest(plan: Ints) -> float:
-        return float(np.bincount(plan, problem.expert_load, minlength=problem.num_ranks).max())
+        return float(np.bincount(plan, load, minlength=problem.num_ranks).max())
 
     even = ranks_of(load_only(problem, rng), problem)
-    mean = problem.expert_load.sum() / problem.num_ranks
-    limit = max(problem.load_cap * mean, highest(even)) * (1 + 1e-12)
+    limit = max(problem.load_cap * load.sum() / problem.num_ranks, highest(even)) * (1 + 1e-12)
     if highest(rank_of) <= limit:
         return rank_of
-    anywhere = np.zeros(problem.num_experts, dtype=np.int64)
-    balanced = _balanced(problem, rank_of, anywhere, rng)
-    starts = [balanced if highest(balanced) <= limit else even]
-    return improve(problem, prepare(problem), starts, anywhere, rng, Effort(0, math.inf))
+    relieved = _relieved(rank_of, load, limit, problem.num_ranks)
+    return relieved if highest(relieved) <= limit else even
+
+
+def _relieved(rank_of: Ints, load_E: npt.NDArray[np.float64], limit: float, num_ranks: int) -> Ints:
+    """Swap experts of the busiest rank for lighter ones, as little as helps, until no rank is above the limit."""
+    rank_of = rank_of.copy()
+    while True:
+        rank_load = np.bincount(rank_of, load_E, minlength=num_ranks)
+        busiest = int(rank_load.argmax())
+        mine, others = np.flatnonzero(rank_of == busiest), np.flatnonzero(rank_of != busiest)
+        shift = load_E[mine, None] - load_E[others]
+        after = np.maximum(rank_load[busiest] - shift, rank_load[rank_of[others]] + shift)
+        better = (shift > 0) & (after < rank_load[busiest])
+        if rank_load[busiest] <= limit or not better.any():
+            return rank_of
+        enough = better & (after <= limit)
+        worth = np.where(enough, shift, np.inf) if enough.any() else np.where(better, after, np.inf)
+        a, b = np.unravel_index(worth.argmin(), worth.shape)
+        rank_of[mine[a]], rank_of[others[b]] = rank_of[others[b]], busiest
 
 
 def ranks_of(slots: Slots, problem: LayerProblem) -> Ints:
