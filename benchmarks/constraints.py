@@ -38,6 +38,8 @@ from profiler.profiling import profile_model
 from profiler.recorder import Recorder
 
 WORK = Path("build/constraints")
+MADE_BY = WORK / "made-by.txt"
+"""The commit whose runs these are."""
 RANKS = 4
 SEEDS = (0, 1, 2)
 HELD_OUT_TOKENS = 16_384
@@ -65,11 +67,11 @@ def name_of(method: str, size: int) -> str:
 
 def _begin_anew_if_changed() -> None:
     """What another state of the code has left would be taken for what this one does."""
-    stamp, commit = WORK / "made-by.txt", str(circumstances()["commit"])
-    if WORK.exists() and ("with changes" in commit or not stamp.exists() or stamp.read_text() != commit):
+    commit = str(circumstances()["commit"])
+    if WORK.exists() and ("with changes" in commit or not MADE_BY.exists() or MADE_BY.read_text() != commit):
         shutil.rmtree(WORK)
     WORK.mkdir(parents=True, exist_ok=True)
-    stamp.write_text(commit)
+    MADE_BY.write_text(commit)
 
 
 def prepare() -> None:

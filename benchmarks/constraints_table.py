@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from matplotlib import pyplot as plt
 
-from benchmarks.constraints import CASES, NAMES, SEEDS, TRAINING, WORK, name_of
+from benchmarks.constraints import CASES, MADE_BY, NAMES, SEEDS, TRAINING, WORK, name_of
 from benchmarks.record import RESULTS, circumstances
 
 METRICS = ("perplexity", "fan_out", "busiest_ingress", "imbalance_ratio")
@@ -47,7 +47,7 @@ def write_tables() -> None:
     lines += ["", "Traffic is that of the fine-tuned model.", ""]
     lines += _equal_quality(runs, "before") + _equal_quality(runs, "after")
     lines += _network_lines(network)
-    where = circumstances()
+    where = circumstances() | {"commit": MADE_BY.read_text()}
     lines += ["`python -m benchmarks.constraints`; " + ", ".join(f"{key} {value}" for key, value in where.items()), ""]
     (RESULTS / "constraints.md").write_text("\n".join(lines))
     value = {"circumstances": where, "training": TRAINING, "runs": records, "network": network}

@@ -187,11 +187,14 @@ def transfer(
         `imbalance_ratio`, held out, means over layers; `regret`, busiest_ingress over that of the domain's own plan
         less 1.  Domains without tokens on both sides are left out.
     """
+
+    def label(domain: str) -> str:
+        return f"{domain} (domain)" if domain in baselines else domain
+
     own, unseen = (
-        {f"{name} (domain)" if name in baselines else name: part for name, part in each.split_by_domain().items()}
-        for each in (planned, held_out)
+        {label(domain): part for domain, part in each.split_by_domain().items()} for each in (planned, held_out)
     )
-    wanted = {f"{name} (domain)" if name in baselines else name for name in domains or planned.domains}
+    wanted = set(map(label, domains or planned.domains))
     shared = [name for name in own if name in wanted and _has(own[name]) and _has(unseen.get(name))]
     maps = dict(baselines)
     for name in shared if len(shared) > 1 else []:

@@ -192,7 +192,7 @@ def _together(insight: Insight) -> Answer:
     listed = ", ".join(
         f"{pair.expert} and {pair.partner} of layer {pair.layer} ({pair.lift:.1f} times chance, in {pair.share:.0%} of "
         "the former's tokens)"
-        for pair in insight.pairs.itertuples()
+        for pair in insight.pairs.head(NAMED).itertuples()
     )
     specialized = int((insight.experts["role"] == "specialized").sum())
     after, before = (float(np.nanmean(insight.metrics[name].intra_share)) for name in ("plan", "linear"))

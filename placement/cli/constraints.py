@@ -187,11 +187,9 @@ def codesign(
     def note(one: Round) -> None:
         notes.print(f"fan_out {one.fan_out:.3f}, perplexity {one.perplexity:.3f}")
         so_far.append(one)
-        keep(best(so_far))  # a later round may fail
-
-    def keep(one: Round) -> None:
-        one.placement.save(out / "plan.json")
-        save(one.constraint, out / FILE_NAME)
+        chosen = best(so_far)  # written at once, since a later round may fail
+        chosen.placement.save(out / "plan.json")
+        save(chosen.constraint, out / FILE_NAME)
 
     with notes.status("planning and constraining in turn"):
         done = alternate(
