@@ -120,7 +120,6 @@ def _measured(insight: Insight) -> list[str]:
     if insight.bench is None:
         return []
     sentences = []
-    memory = ", through one machine's memory" if insight.bench.wire == "gloo" else ""
     for run in insight.bench.on(insight.plan.topology.num_ranks):
         rows = {row.map: row for row in run.rows if row.implementation == "coterie"}
         linear = rows.pop("linear", None)
@@ -129,7 +128,7 @@ def _measured(insight: Insight) -> list[str]:
         (row,) = rows.values()
         total = row.total
         sentences.append(
-            f"Measured on {run.num_ranks} ranks ({insight.bench.wire}{memory}): {row.bytes_sent / 1e6:.1f} MB sent "
+            f"Measured on {run.num_ranks} ranks ({insight.bench.wire(run)}): {row.bytes_sent / 1e6:.1f} MB sent "
             f"instead of {linear.bytes_sent / 1e6:.1f} in file order; dispatch and combine took "
             f"{row.exchange.median:.1f} ms instead of {linear.exchange.median:.1f}, a whole step "
             f"{total.median:.1f} ms (from {total.least:.1f} to {total.most:.1f}) instead of {linear.total.median:.1f}."

@@ -1,10 +1,12 @@
 """Benches of replayed routing: exact, bytes as the walk has them, and every workload, way to exchange and mistake."""
 
 import math
+import subprocess
 import sys
 import weakref
 from contextlib import nullcontext
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -12,13 +14,17 @@ import pytest
 import torch
 from conftest import make_spec, make_trace, random_ids, tiny_model
 from test_report import bench_result
+from torch.distributed.device_mesh import init_device_mesh
 
 from placement.cost import evaluate
 from placement.placement_map import PlacementMap
 from placement.runtime import bench as bench_module
 from placement.runtime.bench import Settings, bench
+from placement.runtime.experts import IMPLEMENTATIONS, build_implementations, installed
+from placement.runtime.launch import run_on_ranks
+from placement.runtime.meter import Meter
 from placement.runtime.results import BenchResult
-from placement.runtime.trials import Case, _difference, _require_exact
+from placement.runtime.trials import Case, Trainer, _difference, _Reference, _require_exact
 from placement.runtime.workloads import TextWorkload, cut_replay, replayed_layers
 from placement.topology import Topology
 from profiler import CoterieError, Profile, zoo
@@ -110,6 +116,38 @@ def test_other_workloads_are_exact(recorded, kind):
     assert all(row.max_difference < 1e-4 for row in run.rows)
     assert run.rows[1].predicted_layer is None  # flat, over the network to each rank of the other node
     assert run.rows[3].predicted_layer > 0
+
+
+class Bare(TextWorkload):
+    """A model without a head."""
+
+    def forward(self):
+        return self.model(input_ids=self.input_ids, use_cache=False).last_hidden_state
+
+    def loss(self, outputs):
+        return outputs[..., :3].square().mean()  # of all it would be what the last norm makes of any
+
+
+def gradients_differ(rank, device, arguments):
+    """How much they do under coterie's and under transformers' exchange; a step of training runs as well."""
+    model, mesh = tiny_model("muse_spark_text"), init_device_mesh("cpu", (2, 1), mesh_dim_names=("ep", "tp"))
+    spec, group = read_spec(model, "shared norm"), mesh["ep"].get_group()
+    linear = PlacementMap.linear(spec, Topology(1, 2, spec.num_experts // 2))
+    turned = replace(linear, physical_to_logical_map=linear.physical_to_logical_map[:, ::-1].copy())
+    workload = Bare(model, torch.arange(24).reshape(2, 12) + rank)
+    reference, found = _Reference(workload, True, group), []
+    for make in IMPLEMENTATIONS.values():
+        held = build_implementations(workload.layers, turned, make, mesh["ep"], mesh["tp"], Meter())
+        with installed(workload.layers, held):
+            found += reference.differences(workload, held)
+            Trainer(workload, held, group).step()
+        workload.model.zero_grad()
+    return {"differences": found}
+
+
+def test_a_norm_that_experts_share_is_trained_exactly():
+    for of_rank in run_on_ranks(gradients_differ, 2, {}):
+        assert max(of_rank["differences"]) < 1e-4
 
 
 def test_maps_for_other_ranks_are_runs_of_their_own(recorded):
@@ -221,15 +259,51 @@ def test_maps_of_other_models_and_profiles_without_sizes_are_refused(recorded, t
         bench({"other": replace(reversed_map(), model=unknown)}, replay=tmp_path / "p", settings=SMALL)
 
 
-def test_under_torchrun_the_first_rank_has_the_result(recorded, tmp_path):
-    import subprocess
-
+def under_torchrun(code, recorded, tmp_path, *options):
     reversed_map().save(tmp_path / "plan.json")
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--no-python", sys.executable]
-    code = "from placement.cli import main; main()"
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", *options, "--no-python"]
     arguments = ["bench", "plan.json", "--replay", str(recorded), "--sequence-length", "8", "--repeats", "1", "--json"]
-    done = subprocess.run(
-        [*command, "-c", code, *arguments], cwd=tmp_path, capture_output=True, text=True, check=False, timeout=120
+    return subprocess.run(
+        [*command, sys.executable, "-c", code, *arguments],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=180,
     )
+
+
+def test_under_torchrun_the_first_rank_has_the_result(recorded, tmp_path):
+    done = under_torchrun("from placement.cli import main; main()", recorded, tmp_path)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count('"workload": "prefill"') == 1
+
+
+DIES_ONCE = """
+import os
+from placement.runtime import trials
+
+measure = trials.measure_links
+
+def dies_once(*arguments):
+    if os.environ["RANK"] == "1" and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
+        os._exit(3)
+    return measure(*arguments)
+
+trials.measure_links = dies_once
+from placement.cli import main
+main()
+"""
+
+
+def test_torchrun_starts_all_ranks_again_where_one_died(recorded, tmp_path):
+    done = under_torchrun(DIES_ONCE, recorded, tmp_path, "--max-restarts", "1")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count('"workload": "prefill"') == 1
+
+
+def test_recorded_benches_can_be_read():
+    files = sorted((Path(__file__).parents[1] / "benchmarks" / "runtime").glob("*-[0-9].json"))
+    assert len(files) == 16
+    for path in files:
+        assert BenchResult.load_from(path).runs

@@ -56,7 +56,7 @@ def bench_result(num_ranks=4):
     )
     planned = replace(row, map="planned", bytes_sent=7 * 10**5, predicted_layer=1.5)
     run = BenchRun(
-        num_ranks, 1, 512, Links.preset("h100"), (replace(row, implementation="HF all_to_all"), row, planned), {}
+        num_ranks, 1, 1, 512, Links.preset("h100"), (replace(row, implementation="HF all_to_all"), row, planned), {}
     )
     return BenchResult("made-up", "prefill", False, "gloo", None, 3, (run,))
 
@@ -309,6 +309,15 @@ def test_known_links_give_times(profile):
     assert any("links of ethernet" in sentence for sentence in found.sentences)
 
 
+def test_a_bench_says_what_its_ranks_exchanged_through():
+    result = bench_result()
+    (run,) = result.runs
+    assert result.wire(run) == "gloo, through one machine's memory"
+    assert result.wire(replace(run, num_hosts=2)) == "gloo, 2 hosts"
+    assert replace(result, backend="nccl").wire(run) == "nccl"
+    assert replace(result, network="1gbit").wire(replace(run, num_hosts=4)) == "1gbit cables"
+
+
 def test_bench_results_round_trip_and_refuse_edits(tmp_path):
     bench_result().save(tmp_path / "bench.json")
     assert BenchResult.load_from(tmp_path / "bench.json") == bench_result()
@@ -318,8 +327,8 @@ def test_bench_results_round_trip_and_refuse_edits(tmp_path):
         no_number,
         "{}",
         older,
-        '{"schema_version": 2, "runs": [{}]}',
-        '{"schema_version": 2, "runs": []}',
+        '{"schema_version": 3, "runs": [{}]}',
+        '{"schema_version": 3, "runs": []}',
         "[]",
     ):
         (tmp_path / "bench.json").write_text(content)

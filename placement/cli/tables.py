@@ -128,10 +128,10 @@ def certificate_table(certificate: Mapping[str, Any]) -> Table:
 
 def bench_table(result: BenchResult, run: BenchRun) -> Table:
     """Times of every row; fits 80 columns."""
-    places = f"{run.num_ranks} ranks" + (f" on {run.num_nodes} hosts" if run.num_nodes > 1 else "")
+    places = f"{run.num_ranks} ranks" + (f" of {run.num_nodes} nodes" if run.num_nodes > 1 else "")
     parts = "parts are those of the forward pass" if result.workload == "training" else "parts are those"
     table = _plain_table(
-        f"{result.model}, {result.workload}: {places} ({result.wire}), {run.tokens_per_rank} tokens a rank",
+        f"{result.model}, {result.workload}: {places} ({result.wire(run)}), {run.tokens_per_rank} tokens a rank",
         f"ms of the slowest rank in one step, median of {result.repeats} paired runs (least-most); {parts} of all MoE "
         f"layers, the total is of the whole step; speed-ups against the first row; differs from one process by "
         f"{result.max_difference:.1e} at most",

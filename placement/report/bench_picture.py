@@ -48,7 +48,7 @@ def _bars(axes: Axes, result: BenchResult, run: BenchRun) -> None:
         left += np.array(widths)
     axes.invert_yaxis()
     axes.set_title(
-        f"{result.workload}, {run.num_ranks} ranks, {result.wire}, {run.tokens_per_rank} tokens a rank", fontsize=9
+        f"{result.workload}, {run.num_ranks} ranks, {result.wire(run)}, {run.tokens_per_rank} tokens a rank", fontsize=9
     )
     axes.set_xlabel("ms, slowest rank; parts started by all at once")
     axes.tick_params(axis="y", labelsize="x-small")

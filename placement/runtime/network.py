@@ -17,7 +17,7 @@ import shutil
 import subprocess
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -119,10 +119,10 @@ def bytes_sent_by_interface(name: str) -> int | None:
 
 def host_identity() -> str:
     """The same for all ranks whose interfaces are the same."""
-    try:
-        return f"{os.uname().nodename}/{os.stat(_OWN_NAMESPACE).st_ino}"
-    except OSError:
-        return os.uname().nodename
+    parts = [os.uname().nodename]  # containers on several machines may share it, and the first namespace its number
+    with suppress(OSError):
+        parts += [Path("/proc/sys/kernel/random/boot_id").read_text().strip(), str(os.stat(_OWN_NAMESPACE).st_ino)]
+    return "/".join(parts)
 
 
 def _require_tools() -> None:

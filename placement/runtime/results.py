@@ -13,7 +13,7 @@ from placement.topology import Links
 from profiler.errors import CoterieError
 from profiler.files import read_json, write_json
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 
 PEER = "HF all_to_all"
 """transformers' own expert parallelism, as rows name it."""
@@ -100,7 +100,8 @@ class BenchRun:
 
     Attributes:
         num_ranks: R.
-        num_nodes: hosts of the topology, real ones, namespaces, or as planned.
+        num_nodes: of the topology that was planned for; where `network` is known, also the namespaces.
+        num_hosts: machines, or namespaces of one, that the ranks ran on.
         tokens_per_rank: in each step.
         links: measured before.
         rows: by case.
@@ -109,6 +110,7 @@ class BenchRun:
 
     num_ranks: int
     num_nodes: int
+    num_hosts: int
     tokens_per_rank: int
     links: Links
     rows: tuple[BenchRow, ...]
@@ -137,10 +139,13 @@ class BenchResult:
     repeats: int
     runs: tuple[BenchRun, ...]
 
-    @property
-    def wire(self) -> str:
-        """What ranks exchanged through, in words."""
-        return f"{self.network} cables" if self.network else self.backend
+    def wire(self, run: BenchRun) -> str:
+        """What its ranks exchanged through, in words."""
+        if self.network:
+            return f"{self.network} cables"
+        if run.num_hosts > 1:
+            return f"{self.backend}, {run.num_hosts} hosts"
+        return f"{self.backend}, through one machine's memory" if self.backend == "gloo" else self.backend
 
     @property
     def max_difference(self) -> float:

@@ -64,7 +64,8 @@ def joined(task: Task, ranks: Sequence[Rank], batch: int, tokens_per_rank: int) 
                 exchange_against_linear=_ratio(times[linear], times[at], "exchange"),
             )
         )
-    return BenchRun(len(ranks), some.topology.num_nodes, tokens_per_rank, links, tuple(rows), _correlations(task, rows))
+    num_nodes, correlations = some.topology.num_nodes, _correlations(task, rows)
+    return BenchRun(len(ranks), num_nodes, len(set(hosts)), tokens_per_rank, links, tuple(rows), correlations)
 
 
 def _tokens(of_ranks: Sequence[Rank], spec: MoESpec) -> TokenTrace:

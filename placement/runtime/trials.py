@@ -220,7 +220,7 @@ class _Reference:
     """What one process makes of this rank's tokens: outputs, or the gradients of all ranks' losses."""
 
     def __init__(self, workload: Workload, training: bool, group: dist.ProcessGroup) -> None:
-        self.training, self.topk_ids = training, []
+        self.training, self.group, self.topk_ids = training, group, []
         workload.reset()
         caught = [_Catch(layer.experts) for layer in workload.layers]
         with _one_expert_at_a_time(workload), installed(workload.layers, caught), torch.set_grad_enabled(training):
@@ -255,9 +255,16 @@ class _Reference:
         pairs = [(parameter.grad, wanted) for parameter, wanted in zip(workload.dense, self.dense, strict=True)]
         for implementation, of_all in zip(implementations, self.experts, strict=True):
             rows = implementation.slots.logical_of_rank[implementation.ep_mesh.get_local_rank()]
+            packed = implementation.experts._parameters
             for name, parameter in implementation.experts.named_parameters():
                 gradient = of_all[name]
-                pairs.append((parameter.grad, None if gradient is None else gradient[rows]))
+                if name in packed:
+                    pairs.append((parameter.grad, None if gradient is None else gradient[rows]))
+                    continue
+                # Of a norm that experts share, each rank has the part of its own.
+                part = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad.clone()
+                dist.all_reduce(part, group=self.group)
+                pairs.append((part, gradient))
         of_gradients = [_difference(got, wanted) for got, wanted in pairs]
         _forget(workload, implementations)
         return of_outputs, float(np.max(of_gradients, initial=0.0))  # it does not pass over NaN
@@ -283,6 +290,8 @@ class Trainer:
         """Take one case's parameters."""
         self.workload, self.group = workload, group
         experts = [parameter for one in implementations for parameter in one.experts.parameters()]
+        packed = {id(weight) for one in implementations for weight in one.experts._parameters.values()}
+        self.replicated = [*workload.dense, *(parameter for parameter in experts if id(parameter) not in packed)]
         self.optimizer = torch.optim.AdamW([*workload.dense, *experts], lr=0.0)
 
     def step(self) -> None:
@@ -290,7 +299,7 @@ class Trainer:
         self.optimizer.zero_grad()
         outputs = self.workload.forward()
         self.workload.loss(outputs).backward()
-        gradients = [parameter.grad for parameter in self.workload.dense if parameter.grad is not None]
+        gradients = [parameter.grad for parameter in self.replicated if parameter.grad is not None]
         if gradients:
             together = torch.cat([gradient.flatten() for gradient in gradients])
             dist.all_reduce(together, group=self.group)
