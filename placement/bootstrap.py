@@ -8,7 +8,7 @@ being the largest of noisier figures, so intervals are moved back by how far the
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 import numpy as np
 import numpy.typing as npt
@@ -47,7 +47,9 @@ def bootstrap(
             low, high = _interval(values_B, tails)
             row = {"map": name, "figure": figure, "value": values_B[0], "low": low, "high": high}
             for other, others in drawn.items():
-                gain_B = 1 - values_B / others[figure]
+                gain_B = 1 - np.divide(
+                    values_B, others[figure], out=np.full_like(values_B, np.nan), where=others[figure] > 0
+                )
                 low, high = _interval(gain_B, tails)
                 row |= {f"over_{other}": gain_B[0], f"over_{other}_low": low, f"over_{other}_high": high}
             rows.append(row)
@@ -55,8 +57,14 @@ def bootstrap(
 
 
 def _interval(values_B: Floats, tails: list[float]) -> tuple[float, float]:
-    """Quantiles of the draws, moved so that their mean is the figure itself, which comes first."""
-    observed, draws = float(values_B[0]), values_B[1:]
+    """Quantiles of the draws, moved so that their mean is the figure itself, which comes first.
+
+    Draws of sequences without picks have no gain and are left out; where all have none, or the figure has, neither has
+    the interval.
+    """
+    observed, draws = float(values_B[0]), values_B[1:][np.isfinite(values_B[1:])]
+    if not len(draws) or not np.isfinite(observed):
+        return np.nan, np.nan
     low, high = np.quantile(draws - (draws.mean() - observed), tails)
     return float(low), float(high)
 
@@ -83,25 +91,29 @@ def _figures(placement: PlacementMap, tokens: TokenTrace, weights_BS: Floats) ->
     return {name: total / len(tokens.topk_ids) for name, total in sums.items()}
 
 
-def serving_ranks(placement: PlacementMap, tokens: TokenTrace) -> npt.NDArray[np.int64]:
-    """The rank that serves each pick, int64 (L, T, K), -1 for no expert; copies are chosen as `cost.evaluate` does."""
+def serving_ranks(placement: PlacementMap, tokens: TokenTrace) -> Iterator[npt.NDArray[np.int64]]:
+    """The rank that serves each pick, for each layer int64 (T, K), -1 for no expert; copies as `cost.evaluate` has it.
+
+    One layer at a time: all of them take eight times the memory of the profile.
+    """
     topology = placement.topology
     order = mixed_order(tokens.num_tokens)
-    out = np.empty(tokens.topk_ids.shape, dtype=np.int64)
-    layers = zip(tokens.topk_ids, tokens.picked, placement.physical_to_logical_map, out, strict=True)
-    for ids_TK, picked_TK, slots_P, out_TK in layers:
+    layers = zip(tokens.topk_ids, tokens.picked, placement.physical_to_logical_map, strict=True)
+    for ids_TK, picked_TK, slots_P in layers:
         ranks_EX = ranks_of_experts(slots_P, placement.model.num_experts, topology.slots_per_rank)
         experts_TK = np.where(picked_TK, ids_TK.astype(np.int64), -1)[order]  # -1 does not fit the ids' own type
         load = np.zeros(topology.num_ranks)
+        out_TK = np.empty(ids_TK.shape, dtype=np.int64)
         out_TK[order] = choose_ranks(experts_TK, np.ascontiguousarray(ranks_EX), topology.ranks_per_node, load)
-    return out
+        yield out_TK
 
 
 def fan_out_counts(placement: PlacementMap, tokens: TokenTrace) -> npt.NDArray[np.int64]:
     """Tokens by the number of distinct ranks that serve them, int64 (L, 1 + min(K, R)); a row's sum is T."""
     most = min(placement.model.top_k, placement.topology.num_ranks)
     rows = []
-    for ranks_TK in np.sort(serving_ranks(placement, tokens), axis=2):
+    for ranks_TK in serving_ranks(placement, tokens):
+        ranks_TK = np.sort(ranks_TK, axis=1)
         distinct_T = (ranks_TK[:, :1] >= 0).sum(axis=1) + (
             (ranks_TK[:, 1:] != ranks_TK[:, :-1]) & (ranks_TK[:, 1:] >= 0)
         ).sum(axis=1)

@@ -172,7 +172,7 @@ def _columns(problem: LayerProblem) -> Columns | None:
 def _least(problem: LayerProblem, columns: Columns | None, start: Ints, deadline: float, *, busiest: bool) -> _Found:
     """The least busiest ingress, or the least fan_out."""
     if _is_matching(problem):
-        return _matched(problem, busiest=busiest)
+        return _matched(problem, deadline, busiest=busiest)
     count, solve = (_busiest_by_counting, least_maximum) if busiest else (_fan_out_by_counting, least_sum)
     counted = _Found(start if _fits(problem, start) else None, count(problem), "counting")
     if columns is None:
@@ -200,7 +200,7 @@ def _partitioned(solved: Solved, columns: Columns) -> _Found:
     return _Found(ranks, bound, "set partitioning" if solved.bound == solved.value else "relaxation")
 
 
-def _matched(problem: LayerProblem, *, busiest: bool) -> _Found:
+def _matched(problem: LayerProblem, deadline: float, *, busiest: bool) -> _Found:
     """Experts are vertices, pairs within the load cap edges, and a plan is a perfect matching."""
     load = problem.expert_load
     a, b = np.triu_indices(problem.num_experts, 1)
@@ -220,6 +220,8 @@ def _matched(problem: LayerProblem, *, busiest: bool) -> _Found:
         return _Found(None, np.inf, "matching")
     low, high = 0, len(thresholds) - 1
     while busiest and low < high:
+        if time.perf_counter() > deadline:  # below the lowest threshold left there is none
+            return _Found(_ranks_of(pairs), float(thresholds[low]), "relaxation")
         middle = (low + high) // 2
         found = perfect(int(thresholds[middle]))
         if found is None:
@@ -332,7 +334,7 @@ def _checked(problem: LayerProblem) -> LayerProblem:
             "experts only; plan with as many slots as experts"
         )
     if (problem.weights != np.floor(problem.weights)).any():
-        raise CoterieError("token weights are not whole numbers: proofs count tokens; give whole weights")
+        raise CoterieError("proofs count tokens, these have weights; plan without --domain-weight, or use 'search'")
     return problem.merged()
 
 

@@ -1,5 +1,5 @@
 """Every strategy on one profile, side by side, with the figures of the traffic that none of them has seen.
-Besides the command line the only one that plans.
+Besides the command line the only one that plans. Knows no engine, and writes no file.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import numpy as np
 
 from placement.cost import Choice, evaluate, summarise
 from placement.placement_map import PlacementMap
-from placement.solvers import ALWAYS_COMPARED, Options, layer_problems, plan
+from placement.solvers import ALWAYS_COMPARED, Options, layer_problems, plan, plan_layers, require_strategy
 from placement.timing import Mode, Workload, time_of
 from placement.topology import Topology
 from profiler.errors import CoterieError
@@ -61,7 +61,10 @@ def plan_and_compare(
     metrics = {}
     # The one that was asked for comes first: if it cannot be, no time is lost on the others.
     names = dict.fromkeys([strategy, *strategies])
-    maps = {name: plan(profile, topology, name, options, on_layer=on_layer) for name in names}
+    for name in names:
+        require_strategy(name)
+    problems = layer_problems(profile, topology, options)
+    maps = {name: plan_layers(profile, topology, problems, name, options, on_layer) for name in names}
     for name in dict.fromkeys([*strategies, strategy]):
         metrics[name] = {
             "train": measure(maps[name], profile.require_tokens(), options.workload),
@@ -100,11 +103,14 @@ def measure(
     return figures
 
 
-def verdict(metrics: Mapping[str, Any], strategy: str, options: Options | None = None) -> list[str]:
+def verdict(
+    metrics: Mapping[str, Any], strategy: str, options: Options | None = None, *, seen: bool = False
+) -> list[str]:
     """What a person should know before deploying the plan, a sentence each; empty where all is well.
 
     Args:
         options: what it was planned with.
+        seen: whether what was planned with is among what was measured on.
     """
     options = options or Options()
     mine, mode = metrics[strategy], options.workload.mode
@@ -116,6 +122,11 @@ def verdict(metrics: Mapping[str, Any], strategy: str, options: Options | None =
             f"the load cap of {options.load_cap:g} is not kept: on the tokens planned with, imbalance_ratio is up to "
             f"{highest:.2f}; give redundant experts or a higher cap"
         )
+    if seen:
+        sentences.append(
+            "these figures are of routing that the plan has seen, so no verdict is given; give other text"
+        )
+        return sentences
     if options.domain_weights:
         sentences.append("these figures count all tokens alike, whatever their domain counts; so no verdict is given")
         return sentences
@@ -148,10 +159,12 @@ def require_provable(topology: Topology, model: MoESpec, options: Options) -> No
     Raises:
         CoterieError: there are redundant or empty slots, or domains are weighted, which no proof covers yet.
     """
-    if topology.num_slots != model.num_experts or options.domain_weights:
+    if options.domain_weights:
+        raise CoterieError("certificates are for tokens that count alike; plan without --certify or --domain-weight")
+    if topology.num_slots != model.num_experts:
         raise CoterieError(
             f"{topology.num_slots} slots for {model.num_experts} experts: certificates are for plans with a slot for "
-            "each expert and no domain weights; plan without --certify"
+            "each expert; plan without --certify"
         )
 
 

@@ -1,5 +1,5 @@
 """Placement maps of other tools, read as ours: all that `exporters` writes, and what the engines' own tools write.
-Knows files, no engine.
+Knows the files of SGLang, TensorRT-LLM, vllm-ascend and EPLB, but runs no engine and writes nothing.
 """
 
 from __future__ import annotations

@@ -120,7 +120,7 @@ def gather(
         bench: the run to show beside them.
 
     Raises:
-        CoterieError: plan or bench are for another model or other ranks, or the profile holds counts only.
+        CoterieError: plan or bench are for another model or other ranks, or the profile holds counts or no picks only.
     """
     placement.require_model(profile.model)
     if held_out:
@@ -134,7 +134,9 @@ def gather(
         raise CoterieError(f"the bench ran {bench.model}, the plan is for {placement.model.name}; bench this plan")
     planned, measured, seen = planned_and_measured(profile, placement, held_out)
     tokens = measured.require_tokens()
-    maps = {"linear": PlacementMap.linear(profile.model, placement.topology)}
+    if not tokens.picked.any():
+        raise CoterieError(f"none of {tokens.num_tokens} tokens is taken by an expert: nothing to judge; give others")
+    maps = {"linear": PlacementMap.linear(profile.model, placement.topology, placement.num_redundant)}
     if load_only:
         maps["load"] = load_only(planned)
     # Times are of the model that was recorded, so that all maps are of weights of one type.
@@ -236,6 +238,6 @@ def study_data(
         metrics=None,
         certificate=None,
     )
-    linear = PlacementMap.linear(planned.model, placement.topology)
+    linear = PlacementMap.linear(planned.model, placement.topology, placement.num_redundant)
     across = transfer(planned, measured, planner, {"linear": linear, "this plan": this}, names, on_plan=done)
     return Study(planned.model.layer_ids, curve, halves, across)

@@ -36,6 +36,22 @@ def slots_of_ranks(rank_of_expert: npt.NDArray[np.int64], topology: Topology) ->
     return slots.ravel()
 
 
+def linear_slots(num_experts: int, num_redundant: int, topology: Topology) -> npt.NDArray[np.int64]:
+    """A layer's slots, int64 (P,), with consecutive experts on each rank: empty slots last.
+
+    Redundant experts start again from expert 0, as SGLang's trivial location does: slot p holds expert p mod E where
+    every slot is filled.  Where copies do not divide, the first ranks hold one more, as in vLLM.
+    """
+    num_ranks = topology.num_ranks
+    # No rank has more than E of these, so that consecutive numbers mod E never meet on a rank.
+    num_copies = min(num_experts + num_redundant, num_experts * num_ranks)
+    slots = np.full((num_ranks, topology.slots_per_rank), EMPTY_SLOT, dtype=np.int64)
+    sizes = num_copies // num_ranks + (np.arange(num_ranks) < num_copies % num_ranks)
+    for row, held in zip(slots, np.split(np.arange(num_copies) % num_experts, np.cumsum(sizes)[:-1]), strict=True):
+        row[: len(held)] = np.sort(held)
+    return slots.ravel()
+
+
 @dataclass(frozen=True)
 class PlacementMap:
     """A plan for one model on one topology.
@@ -99,17 +115,20 @@ class PlacementMap:
         return cls(model, topology, slots, solver, profile_digest)
 
     @classmethod
-    def linear(cls, model: MoESpec, topology: Topology) -> Self:
-        """Experts in file order, one copy each, on the same ranks: what engines do when they are told nothing.
+    def linear(cls, model: MoESpec, topology: Topology, num_redundant: int = 0) -> Self:
+        """Experts in file order on the same ranks: what engines do when they are told nothing.
 
-        Each rank holds E/R consecutive experts; where they do not divide, the first ranks hold one more.  The map has
-        as many slots a rank as that takes, however many `topology` has.
+        The map has as many slots a rank as `linear_slots` takes, however many `topology` has.
         """
-        num_experts, num_ranks = model.num_experts, topology.num_ranks
-        sizes = num_experts // num_ranks + (np.arange(num_ranks) < num_experts % num_ranks)
-        ranks = np.repeat(np.arange(num_ranks), sizes)
-        topology = replace(topology, slots_per_rank=-(-num_experts // num_ranks))
-        return cls.from_ranks(model, topology, np.tile(ranks, (model.num_layers, 1)), {"name": "linear"})
+        slots_per_rank = -(-(model.num_experts + num_redundant) // topology.num_ranks)
+        topology = replace(topology, slots_per_rank=slots_per_rank)
+        slots = linear_slots(model.num_experts, num_redundant, topology)
+        return cls(model, topology, np.tile(slots, (model.num_layers, 1)), {"name": "linear"})
+
+    @property
+    def num_redundant(self) -> int:
+        """Copies beyond one of each expert, in the layer that has most."""
+        return int((self.physical_to_logical_map != EMPTY_SLOT).sum(axis=1).max()) - self.model.num_experts
 
     @cached_property
     def rank_of_expert(self) -> npt.NDArray[np.int64]:

@@ -207,7 +207,8 @@ def transfer(
     ]
     frame = pd.DataFrame(rows, columns=["planned_on", "measured_on", *FIGURES])
     at_home = frame[frame["planned_on"] == frame["measured_on"]].set_index("measured_on")["busiest_ingress"]
-    frame["regret"] = frame["busiest_ingress"] / frame["measured_on"].map(at_home) - 1
+    own = frame["measured_on"].map(at_home)
+    frame["regret"] = np.where(own > 0, frame["busiest_ingress"] / own.where(own > 0, 1.0) - 1, 0.0)
     return frame
 
 
@@ -223,7 +224,8 @@ def some_layers(profile: Profile, num_layers: int) -> tuple[Profile, list[int]]:
 
 
 def _has(profile: Profile | None) -> bool:
-    return profile is not None and profile.tokens is not None and profile.tokens.num_tokens > 0
+    """Whether any of its tokens was taken by an expert."""
+    return profile is not None and profile.tokens is not None and bool(profile.tokens.picked.any())
 
 
 def _figures(placement: PlacementMap, tokens: TokenTrace) -> dict[str, float]:

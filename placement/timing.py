@@ -1,5 +1,5 @@
 """`predicted_time`: how long dispatch, experts and combine of a layer take on a topology with known links.
-Knows of traffic what `cost.py` counted.
+Knows of traffic only what `cost.py` counted.
 
 The model is latency plus volume over speed, each at its busiest place:
 
@@ -48,6 +48,10 @@ WEIGHT_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "float8_e4m3fn": 1, "
 """Bytes of a weight by torch's name of its type."""
 
 
+MOST_TOKENS = 2**40
+"""On a rank at a time; far more than any memory holds, and little enough to calculate with."""
+
+
 @dataclass(frozen=True)
 class Workload:
     """What a layer is given at a time, and how the engine sends it.
@@ -67,8 +71,8 @@ class Workload:
     combine_width: float = BF16_WIDTH
 
     def __post_init__(self) -> None:
-        if self.tokens_per_rank < 1:
-            raise CoterieError(f"tokens_per_rank {self.tokens_per_rank}: must be at least 1")
+        if not 1 <= self.tokens_per_rank <= MOST_TOKENS:
+            raise CoterieError(f"tokens_per_rank {self.tokens_per_rank}: must be from 1 to {MOST_TOKENS}")
         if self.mode not in ("per-rank", "per-expert"):
             raise CoterieError(f"mode {self.mode!r}: must be per-rank or per-expert")
         for name in ("dispatch_width", "combine_width"):
@@ -126,10 +130,15 @@ def predicted_time(
     return LayerTime(dispatch, expert, combine)
 
 
+def has_times(spec: MoESpec, topology: Topology) -> bool:
+    """Whether links, sizes and the width of weights are known, which times need."""
+    return bool(topology.links and spec.hidden_size and spec.expert_size and spec.dtype in WEIGHT_BYTES)
+
+
 def time_of(placement: PlacementMap, metrics: Metrics, workload: Workload) -> LayerTime | None:
-    """The predicted time of each layer; None where the links or the model's sizes are not known."""
+    """The predicted time of each layer; None where it has none, see `has_times`."""
     model, topology = placement.model, placement.topology
-    if topology.links is None or not (model.hidden_size and model.expert_size):
+    if not has_times(model, topology):
         return None
     # Pairs over tokens: what no expert takes is no load.
     load_LR = metrics.load_share * model.top_k * metrics.picked_share[:, None]

@@ -58,7 +58,8 @@ def _worth(insight: Insight) -> Answer:
     peer = "load" if "load" in insight.maps else "linear"
     peer_words = "balancing the load only" if peer == "load" else "experts in file order"
     row, before = insight.interval("plan"), insight.interval("linear")
-    mode = options_of(insight.plan).workload.mode
+    options = options_of(insight.plan)
+    mode = options.workload.mode
     decisive = insight.interval("plan", DECISIVE[mode])
     gain, low = float(decisive[f"over_{peer}"]), float(decisive[f"over_{peer}_low"])
     times = _layer_times(insight)
@@ -74,6 +75,8 @@ def _worth(insight: Insight) -> Answer:
     imbalance, of_peer = (float(insight.interval(name, "imbalance_ratio")["value"]) for name in ("plan", peer))
     if not times and tone == "good" and imbalance > of_peer + MUCH_IMBALANCE:
         headline, tone = "Less traffic, but uneven work", "unsure"
+    if options.domain_weights:
+        headline, tone = "Not known: the plan weighs domains, these figures count all tokens alike", "unsure"
     if insight.seen:
         headline, tone = "Not known: measured on what it was planned with", "unsure"
     num_sequences = len(np.unique(insight.measured.require_tokens().sequence_ids))

@@ -1,4 +1,6 @@
-"""The one error that people see: what is wrong, the bound it breaks, and what to do, in one line."""
+"""The one error that people see: what is wrong, the bound it breaks, and what to do, in one line.
+Imports nothing; printing is left to the command line.
+"""
 
 
 class CoterieError(Exception):

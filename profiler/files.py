@@ -21,14 +21,17 @@ TEMPORARY = "coterie-temporary-"
 """What the names of temporary folders begin with."""
 
 
-def require_writable(path: Path) -> None:
-    """Check before long work that its result can be written.
+def require_writable(path: Path, *inputs: Path | None) -> None:
+    """Check before long work that its result can be written, and not over one of the files that are read for it.
 
     Raises:
-        CoterieError: `path` is a folder, or the nearest place above it that exists is not a writable folder.
+        CoterieError: `path` is a folder or an input, or the nearest place above it that exists is not a writable
+            folder.
     """
     if path.is_dir() or not path.name:
         raise CoterieError(f"{path}: is a folder; give the name of a file to -o")
+    if path.exists() and any(given is not None and given.exists() and path.samefile(given) for given in inputs):
+        raise CoterieError(f"{path}: is read, and would be written over; give another name to -o")
     require_writable_parent(path)
 
 

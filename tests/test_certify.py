@@ -248,7 +248,7 @@ def test_what_is_refused():
         certify(problem, [0, 0, 0, 1])
     with pytest.raises(CoterieError, match="6 slots for 4 experts"):
         certify(LayerProblem.from_ids(ids, 4, Topology(1, 2, 3), 1.1), [0, 0, 1, 1])
-    with pytest.raises(CoterieError, match="whole"):
+    with pytest.raises(CoterieError, match="proofs count tokens"):
         certify(LayerProblem.from_ids(ids, 4, Topology(1, 2, 2), 1.1, weights_T=np.array([0.5])), [0, 0, 1, 1])
 
 

@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -177,6 +178,49 @@ MISTAKES = {
         ["evaluate", "{bad}/own.json", "{bad}/ok.profile", "--nodes", "2"],
         "is for 1; leave it out",
     ),
+    "no seconds to prove in": (
+        ["plan", "{bad}/ok.profile", "--ranks", "2", "--certify", "nan", "-o", "{bad}/out"],
+        "--certify nan: must be a number of seconds above 0",
+    ),
+    "endless planning": (
+        ["plan", "{bad}/ok.profile", "--ranks", "2", "--time-budget", "inf", "-o", "{bad}/out"],
+        "time budget inf: must be a number above 0",
+    ),
+    "more tokens than there are": (
+        ["plan", "{bad}/ok.profile", "--ranks", "2", "--tokens-per-rank", "1" + 400 * "0", "-o", "{bad}/out"],
+        "must be from 1 to",
+    ),
+    "weight given twice": (
+        ["plan", "{bad}/ok.profile", "--ranks", "2", *2 * ["--domain-weight", "a=1"], "-o", "{bad}/out"],
+        "a has a weight already",
+    ),
+    "groups that nobody knows": (
+        ["plan", "{bad}/ok.profile", "--ranks", "2", "--preserve-groups", "-o", "{bad}/out"],
+        "the profile knows of none",
+    ),
+    "collaboration of the worst domain": (
+        ["plan", "{bad}/ok.profile", "--ranks", "2", "--robust", "--objective", "collaboration", "-o", "{bad}/out"],
+        "leave --robust out",
+    ),
+    "proof with weights": (
+        ["plan", "{bad}/ok.profile", "--ranks", "2", "--certify", "1", "--domain-weight", "a=2", "-o", "{bad}/out"],
+        "certificates are for tokens that count alike",
+    ),
+    "text to measure no plan on": (
+        ["inspect", "{bad}/ok.profile", "--held-out", "{bad}/nowhere"],
+        "is to measure a plan on",
+    ),
+    "report over the plan": (
+        ["report", "{bad}/ok.profile", "{bad}/own.json", "-o", "{bad}/own.json"],
+        "would be written over",
+    ),
+    "layers of a checkpoint": (
+        [
+            *("export", "{bad}/own.json", "--to", "checkpoint", "--model", "{bad}/wrong", "--num-hidden-layers", "3"),
+            *("-o", "{bad}/out"),
+        ],
+        "a checkpoint's config says it",
+    ),
     "no load cap": (
         ["plan", "{bad}/ok.profile", "--ranks", "2", "--load-cap", "nan", "-o", "{bad}/out"],
         "load cap nan",
@@ -209,7 +253,7 @@ MISTAKES = {
     ),
     "export over the plan": (
         ["export", "{bad}/own.json", "--to", "vllm", "-o", "{bad}/own.json"],
-        "is the plan itself",
+        "is read, and would be written over",
     ),
     "inverse of a file": (
         ["export", "{bad}/own.json", "--to", "eplb", "-o", "{bad}/out.safetensors", "--invert"],
@@ -535,6 +579,54 @@ def test_exports_are_evaluated_like_the_plan(monkeypatch, capsys, bad, to, name)
     assert run(monkeypatch, "evaluate", out, bad / "ok.profile", *ranks, "--json") == 0
     metrics = json.loads(capsys.readouterr().out)["metrics"]
     assert next(iter(metrics.values())) == list(metrics.values())[-1]  # own.json is the linear map
+
+
+def test_a_plan_is_evaluated_for_what_it_was_planned_for(monkeypatch, capsys, tmp_path):
+    """Workload, links and copies: `plan` and `evaluate` agree on the same tokens."""
+    spec = replace(make_spec(2, 16, 2), hidden_size=512, expert_size=256)
+    for name in ("run", "other"):
+        trace = make_trace(random_ids(len(name), 2, 400, 16, 2), num_sequences=8)
+        Profile.from_tokens(spec, ["a", "b"], trace, {}).save(tmp_path / name)
+    for options in (["--tokens-per-rank", 65536, "--dispatch", "per-expert"], ["--redundant-experts", 8]):
+        plan = [
+            "plan",
+            tmp_path / "run",
+            "--ranks",
+            4,
+            "--links",
+            "h100",
+            "--held-out",
+            tmp_path / "other",
+            "--kicks",
+            1,
+        ]
+        assert run(monkeypatch, *plan, *options, "-o", tmp_path / "plan.json", "--json") == 0
+        planned = json.loads(capsys.readouterr().out)["metrics"]
+        assert run(monkeypatch, "evaluate", tmp_path / "plan.json", tmp_path / "other", "--json") == 0
+        measured = json.loads(capsys.readouterr().out)["metrics"]
+        for name in ("linear", "search"):
+            assert measured[name] == planned[name]["held_out"]
+
+
+def test_routing_that_the_plan_has_seen_gives_no_verdict(monkeypatch, capsys, bad):
+    plan = ["plan", bad / "ok.profile", "--ranks", 2, "--kicks", 1, "-o", bad / "plan.json", "--json"]
+    assert run(monkeypatch, *plan, "--held-out", bad / "ok.profile") == 0
+    (said,) = json.loads(capsys.readouterr().out)["verdict"]
+    assert "routing that the plan has seen, so no verdict" in said
+
+
+def test_weights_whose_type_has_no_width_have_no_times(monkeypatch, capsys, tmp_path):
+    spec = replace(make_spec(2, 8, 2), hidden_size=64, expert_size=32)
+    trace = make_trace(random_ids(0, 2, 60, 8, 2))
+    for dtype in ("bfloat16", "uint8"):
+        Profile.from_tokens(replace(spec, dtype=dtype), ["a", "b"], trace, {}).save(tmp_path / dtype)
+    plan = ["--ranks", 2, "--links", "h100", "--kicks", 1, "-o", tmp_path / "plan.json"]
+    assert run(monkeypatch, "plan", tmp_path / "bfloat16", *plan) == 0
+    capsys.readouterr()
+    assert run(monkeypatch, "evaluate", tmp_path / "plan.json", tmp_path / "uint8", "--json") == 0
+    assert "predicted_time" not in json.loads(capsys.readouterr().out)["metrics"]["linear"]
+    assert run(monkeypatch, "plan", tmp_path / "uint8", *plan) == 1
+    assert "the width of weights, which uint8 does not say" in capsys.readouterr().err
 
 
 def test_the_embedded_model_is_permuted_and_proved(monkeypatch, capsys, tmp_path):

@@ -288,12 +288,14 @@ def test_plans_of_the_study_are_for_what_the_plan_is_for(profile, monkeypatch):
     asked = []
     monkeypatch.setattr(solvers, "plan", lambda _profile, _topology, _strategy, options: asked.append(options))
     workload = Workload(512, "per-expert")
-    placement = plan(profile, TOPOLOGY, options=Options(workload=workload, objective="balance", load_cap=1.2))
+    options = Options(workload=workload, objective="balance", load_cap=1.2, domain_weights={"prose": 2.0})
+    placement = plan(profile, TOPOLOGY, options=options)
     for strategy in ("search", "load"):
         planner_of(placement, strategy, 3)(profile)
     assert (asked[0].objective, asked[0].workload, asked[0].num_kicks) == ("balance", workload, 3)
     assert asked[0].load_cap is None  # which a part of the text may not be able to keep
-    assert asked[1].objective == "time"
+    assert asked[0].domain_weights is None  # nor has a single domain one
+    assert asked[1].domain_weights == {"prose": 2.0}  # what `coterie plan` compares with, too
 
 
 def test_shuffled_routing_is_not_worth_a_plan(profile):
@@ -301,6 +303,27 @@ def test_shuffled_routing_is_not_worth_a_plan(profile):
     found = answers(insight_of(dealt, plan_and_compare(dealt, TOPOLOGY)))
     assert found["worth"].tone == "bad"
     assert found["together"].headline == "Hardly any groups"
+
+
+@pytest.mark.parametrize("domain_only", [True, False])
+def test_traffic_that_no_expert_takes(profile, tmp_path, domain_only):
+    trace = profile.tokens
+    ids = trace.topk_ids.copy()
+    ids[:, (trace.domain_ids == 1) | (not domain_only)] = 255
+    silent = Profile.from_tokens(profile.model, profile.domains, replace(trace, topk_ids=ids), {})
+    placement = plan_and_compare(silent, TOPOLOGY)
+    if not domain_only:
+        with pytest.raises(CoterieError, match="taken by an expert: nothing to judge"):
+            insight_of(silent, placement)
+        return
+    insight = insight_of(silent, placement, study=True)
+    assert not any("nan" in sentence for answer in answers(insight).values() for sentence in answer.sentences)
+    write_report(insight, tmp_path / "report.html")
+
+
+def test_weighted_domains_give_no_verdict(profile):
+    weighted = plan_and_compare(profile, TOPOLOGY, options=Options(domain_weights={"prose": 1.0}, num_kicks=2))
+    assert answers(insight_of(profile, weighted))["worth"].headline.startswith("Not known: the plan weighs domains")
 
 
 def test_known_links_give_times(profile):

@@ -443,6 +443,34 @@ def test_a_load_cap_that_is_not_kept_is_said():
     assert not any("load cap" in said for said in verdict(placement.metrics, "search"))
 
 
+def test_only_ratios_of_domain_weights_count(profile):
+    plans = [
+        plan(
+            profile,
+            Topology.for_experts(16, 4),
+            name,
+            Options(domain_weights={"prose": scale, "code": 3 * scale}, num_kicks=1),
+        )
+        for name in ("search", "metis", "spectral")
+        for scale in (1.0, 1e300)
+    ]
+    for first, second in zip(plans[::2], plans[1::2], strict=True):
+        assert (first.physical_to_logical_map == second.physical_to_logical_map).all()
+
+
+def test_groups_are_placed_where_a_draw_misses_a_domain():
+    """Two tokens of the last domain, more sets than rounds are made on: the draw has none of it."""
+    rng = np.random.default_rng(0)
+    ids = np.argsort(rng.random((1, 40_000, 32)), axis=2)[..., :6].astype(np.uint8)
+    trace = replace(make_trace(ids), domain_ids=(np.arange(40_000) >= 39_998).astype(np.uint8))
+    model = replace(make_spec(1, 32, 6), num_groups=8)
+    grouped = Profile.from_tokens(model, ["a", "b"], trace, {})
+    options = Options(preserve_groups=True, worst_domain=True, num_kicks=1)
+    placement = plan(grouped, Topology.for_experts(32, 4), options=options)
+    slots = placement.physical_to_logical_map.reshape(4, 2, 4)
+    assert (slots // 4 == slots[:, :, :1] // 4).all()  # groups whole, two a rank
+
+
 def test_strategies_that_take_groups_apart_are_refused_where_they_should_not(profile):
     grouped = Profile.from_tokens(replace(profile.model, num_groups=4), profile.domains, profile.tokens, {})
     with pytest.raises(CoterieError, match="strategy 'metis' takes groups apart; search and linear keep them"):

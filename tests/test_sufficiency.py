@@ -116,7 +116,7 @@ def test_picks_of_no_expert_reach_no_rank():
     ids[:, ::2, 1] = 255
     profile = Profile.from_tokens(make_spec(2, 8, 2), ["a", "b"], make_trace(ids), {})
     linear = PlacementMap.linear(profile.model, Topology.for_experts(8, 4))
-    ranks = serving_ranks(linear, profile.tokens)
+    ranks = np.stack(list(serving_ranks(linear, profile.tokens)))
     assert (ranks == np.where(ids == 255, -1, ids // np.uint8(2)).astype(np.int8)).all()
     metrics = evaluate(linear, profile.tokens)
     table = bootstrap({"linear": linear}, profile.tokens).set_index("figure")

@@ -1,6 +1,7 @@
 """The console script `coterie`: each command reads one kind of artifact and writes one.
 
-Heavy libraries are imported by the commands that need them.
+Neither `profiler` nor the rest of `placement` imports it.  Heavy libraries are imported by the commands that
+need them, never here.
 """
 
 from __future__ import annotations

@@ -1,4 +1,5 @@
 """The application that commands register with, the options that several share, and how progress and JSON are shown.
+Knows no command and no artifact.
 
 Progress and notes go to stderr, a table to stdout.
 """

@@ -1,7 +1,10 @@
-"""`coterie export`: a placement map to what an engine loads, or to a permuted checkpoint, and the proof of that one."""
+"""`coterie export`: a placement map to what an engine loads, or to a permuted checkpoint, and the proof of that one.
+Knows what targets are called, not what their files look like: `placement/exporters` does.
+"""
 
 from __future__ import annotations
 
+import shlex
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -12,6 +15,7 @@ from typer.core import TyperGroup
 
 from placement.cli.app import Data, Json, app, notes, print_json, progress_bar, seed_option, tables, waiting
 from profiler.errors import CoterieError
+from profiler.files import require_writable
 
 if TYPE_CHECKING:
     from placement.exporters.contract import Engine, ServedModel
@@ -70,9 +74,12 @@ def export(
     if to is Target.CHECKPOINT:
         if model is None:
             raise CoterieError("--to checkpoint rewrites a model: give --model with the folder of the original")
+        for option, value in (("hidden", num_hidden_layers), ("mtp", num_mtp_layers)):
+            if value is not None:
+                raise CoterieError(f"--num-{option}-layers {value}: a checkpoint's config says it; leave it out")
         _write_checkpoint(placement, model, out, invert)
         start = f"in any engine that places experts in file order: give it {out} in place of {model}"
-        proof = f"prove it with: coterie export verify {model} {out}"
+        proof = f"prove it with: coterie export verify {shlex.quote(str(model))} {shlex.quote(str(out))}"
         written: dict[str, Any] = {"engine": to.value, "out": str(out), "start": start, "remarks": [proof]}
         if invert:
             written |= {"start": f"{out} has the experts of {model} in their first order again", "remarks": []}
@@ -81,8 +88,7 @@ def export(
 
         if invert:
             raise CoterieError(f"--invert is for checkpoints; leave it out for {to.value}")
-        if out.exists() and out.samefile(plan):
-            raise CoterieError(f"{out}: is the plan itself; give another name to -o")
+        require_writable(out, plan)
         engine = _engine(to)
         served = _served_model(placement, model, num_hidden_layers, num_mtp_layers)
         exported = write_export(engine, placement, out, served)

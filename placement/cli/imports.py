@@ -1,4 +1,6 @@
-"""`coterie import`: routing that another tool or an engine recorded, to a profile."""
+"""`coterie import`: routing that another tool or an engine recorded, to a profile.
+Knows the sources' names and options, not their file formats: `profiler/importers` does.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""`coterie inspect` and `coterie report`: what a profile and a plan mean, in a screenful and on a page."""
+"""`coterie inspect` and `coterie report`: what a profile and a plan mean, in a screenful and on a page.
+Measures and concludes nothing itself: `placement/insight.py` and `placement/verdict.py` do.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +11,7 @@ import typer
 
 from placement.cli.app import Json, app, notes, print_json, progress_bar, tables
 from placement.cli.tables import insight_tables, load_summary
+from profiler.errors import CoterieError
 from profiler.files import require_writable
 
 if TYPE_CHECKING:
@@ -49,6 +52,8 @@ def inspect(
     from placement.verdict import answers
     from profiler.profile import Profile
 
+    if plan_file is None and held_out:
+        raise CoterieError(f"--held-out {held_out}: is to measure a plan on; give a plan, or leave it out")
     recorded = Profile.load_from(run)
     if plan_file is None:
         summary = load_summary(recorded)
@@ -88,7 +93,7 @@ def report(
     from placement.runtime.results import BenchResult
     from profiler.profile import Profile
 
-    require_writable(out)
+    require_writable(out, plan_file, bench_file)
     recorded, placement = Profile.load_from(run), PlacementMap.load_from(plan_file)
     unseen = Profile.load_from(held_out) if held_out else None
     measured = BenchResult.load_from(bench_file) if bench_file else None
@@ -132,14 +137,14 @@ def _study(recorded: Profile, placement: PlacementMap, held_out: Profile | None)
 
 
 def _planner(placement: PlacementMap, strategy: str, num_kicks: int | None = None) -> Planner:
-    """Plans of a strategy for the plan's own topology; the search's for what the plan was made for, too."""
+    """Plans of a strategy for what the plan was made for."""
     from dataclasses import replace
 
-    from placement.solvers import Options, options_of, plan
+    from placement.solvers import options_of, plan
 
-    slots = int((placement.physical_to_logical_map[0] >= 0).sum())
-    options = options_of(placement) if strategy == "search" else Options()
-    options = replace(options, num_redundant=slots - placement.model.num_experts, num_kicks=num_kicks)
+    options = replace(options_of(placement), num_redundant=placement.num_redundant, num_kicks=num_kicks)
+    if strategy == "search":  # it studies single domains too, where no weights are left
+        options = replace(options, domain_weights=None, worst_domain=False)
 
     def planner(profile: Any) -> PlacementMap:
         return plan(profile, placement.topology, strategy, options)

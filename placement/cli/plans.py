@@ -1,8 +1,11 @@
-"""`coterie plan` and `coterie evaluate`: a profile to a placement map, and what any map does on any profile."""
+"""`coterie plan` and `coterie evaluate`: a profile to a placement map, and what any map does on any profile.
+Places no expert and defines no metric: `placement/solvers` and `placement/cost.py` do.
+"""
 
 from __future__ import annotations
 
 import importlib.util
+import math
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -30,6 +33,7 @@ from profiler.errors import CoterieError
 from profiler.files import require_writable
 
 if TYPE_CHECKING:
+    from placement.topology import Topology
     from profiler.spec import MoESpec
 
 
@@ -102,9 +106,12 @@ def plan(
     from placement.solvers import ALWAYS_COMPARED, STRATEGIES, Options
     from placement.timing import Workload
     from placement.topology import Links, Topology
+    from profiler.folder import sources
     from profiler.profile import Profile
 
     require_writable(out)
+    if certify is not None and not 0 < certify < math.inf:
+        raise CoterieError(f"--certify {certify}: must be a number of seconds above 0")
     options = Options(
         objective=objective.value,
         workload=Workload(tokens_per_rank, dispatch.value),
@@ -121,8 +128,7 @@ def plan(
     unseen = Profile.load_from(held_out) if held_out else None
     known_links = Links.preset(links) if links else None
     topology = Topology.for_experts(recorded.model.num_experts, ranks, nodes, redundant_experts, known_links)
-    if known_links:
-        _require_sizes(recorded.model, links)
+    _require_times(recorded.model, topology)
     if certify is not None:
         require_provable(topology, recorded.model, options)
     compared = list(STRATEGIES if compare else ALWAYS_COMPARED)
@@ -160,7 +166,11 @@ def plan(
             total = recorded.model.num_layers * len(recorded.domains)
             done = iter(range(1, total + 1))
             regrets = domain_regret(recorded, placement, options, unseen, lambda: advance_to(next(done), total))
-    sentences = verdict(placement.metrics, strategy, options)
+    seen = unseen is not None and (
+        recorded.digest in sources(unseen.digest, unseen.provenance)
+        or unseen.digest in sources(recorded.digest, recorded.provenance)
+    )
+    sentences = verdict(placement.metrics, strategy, options, seen=seen)
     if as_json:
         value = {"plan": str(out), "strategy": strategy, "metrics": placement.metrics, "verdict": sentences}
         if placement.certificate is not None:
@@ -180,18 +190,28 @@ def plan(
     notes.print(f"wrote {out}: the plan of “{strategy}” for {ranks} ranks")
 
 
-def _require_sizes(model: MoESpec, links: str | None) -> None:
-    if not (model.hidden_size and model.expert_size):
+def _require_times(model: MoESpec, topology: Topology) -> None:
+    from placement.timing import WEIGHT_BYTES, has_times
+
+    if topology.links is None or has_times(model, topology):
+        return
+    if model.dtype not in WEIGHT_BYTES:
         raise CoterieError(
-            f"--links {links}: the profile does not know the sizes of the model, which times need; import it with "
-            "--hidden-size and --expert-size"
+            f"--links {topology.links.name}: times need the width of weights, which {model.dtype} does not say; import "
+            f"the profile with --dtype, one of {', '.join(WEIGHT_BYTES)}"
         )
+    raise CoterieError(
+        f"--links {topology.links.name}: the profile does not know the sizes of the model, which times need; import it "
+        "with --hidden-size and --expert-size"
+    )
 
 
 def _domain_weights(pairs: list[str]) -> dict[str, float]:
-    out = {}
+    out: dict[str, float] = {}
     for pair in pairs:
         name, found, weight = pair.rpartition("=")
+        if name in out:
+            raise CoterieError(f"--domain-weight {pair}: {name} has a weight already; give it once")
         try:
             out[name] = float(weight)
         except ValueError:
@@ -212,10 +232,12 @@ def evaluate(
     ranks: Annotated[int | None, typer.Option(help="Ranks, for maps that do not say.")] = None,
     nodes: Annotated[int | None, typer.Option(help="Hosts, for maps that do not say.")] = None,
     links: LinksName = None,
-    tokens_per_rank: TokensPerRank = 4096,
+    tokens_per_rank: Annotated[
+        int | None, typer.Option(help="Tokens that start on each rank; as planned if left out, 4096 for other maps.")
+    ] = None,
     dispatch: Annotated[
         Dispatch | None,
-        typer.Option(help="A token is sent once to each rank that serves it (if left out), or per expert."),
+        typer.Option(help="A token is sent once to each rank that serves it, or per expert; as planned if left out."),
     ] = None,
     engine: Annotated[
         str | None, typer.Option(help="Take the dispatch mode of an engine, such as vllm-deepep-low-latency.")
@@ -237,7 +259,7 @@ def evaluate(
     from placement.cost import evaluate as evaluate_map
     from placement.foreign import read_any_map
     from placement.placement_map import PlacementMap
-    from placement.timing import Workload
+    from placement.solvers import options_of
     from placement.topology import Links
     from profiler.profile import Profile
 
@@ -246,19 +268,23 @@ def evaluate(
         raise CoterieError(f"--dispatch {dispatch.value}: --engine {engine} says it; leave one of them out")
     if backend and backend.sends == "to-all" and links:
         raise CoterieError(f"--engine {engine}: {backend.decides}; times are not modelled there, leave --links out")
-    per_expert = dispatch is Dispatch.PER_EXPERT or (backend is not None and backend.sends == "per-expert")
     recorded = Profile.load_from(run)
-    if links:
-        _require_sizes(recorded.model, links)
     placement = read_any_map(map_file, recorded.model, ranks, nodes)
     placement.require_model(recorded.model)
     model = replace(recorded.model, num_groups=placement.model.num_groups)
     topology = replace(placement.topology, links=Links.preset(links)) if links else placement.topology
     if backend and backend.sends == "to-all":
         topology = replace(topology, links=None)  # a plan may have them; the time would be that of another exchange
+    planned = options_of(placement).workload
+    if links:
+        _require_times(model, topology)
     placement = replace(placement, model=model, topology=topology)
-    workload = Workload(tokens_per_rank, "per-expert" if per_expert else "per-rank")
-    linear = PlacementMap.linear(model, topology)
+    workload = planned if tokens_per_rank is None else replace(planned, tokens_per_rank=tokens_per_rank)
+    if backend:
+        workload = replace(workload, mode="per-expert" if backend.sends == "per-expert" else "per-rank")
+    elif dispatch:
+        workload = replace(workload, mode=dispatch.value)
+    linear = PlacementMap.linear(model, topology, placement.num_redundant)
     tokens = recorded.require_tokens()
     name = str(placement.solver["name"])
     figures = {

@@ -1,4 +1,6 @@
-"""`coterie profile`: a model and texts to a profile; merging and splitting."""
+"""`coterie profile`: a model and texts to a profile; merging and splitting.
+Knows no plan, and runs no model itself: `profiler/profiling.py` does.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What commands print at their end, as tables of 80 columns."""
+"""What commands print at their end, as tables of 80 columns. Reads no file, and prints nothing itself."""
 
 from __future__ import annotations
 

@@ -1,5 +1,6 @@
 """Permuted checkpoints: a model's experts in another order, so that linear placement in any engine becomes the plan.
 
+Knows no engine and no torch: which tensors change is in `permutation.py`, how they are rewritten in `shards.py`.
 The source is only read. The copy is built beside its place under another name and renamed when it is complete.
 """
 
@@ -18,7 +19,7 @@ from placement.exporters.permutation import find_edits, renumberings
 from placement.exporters.shards import read_header, rewrite
 from placement.placement_map import PlacementMap
 from profiler.errors import CoterieError
-from profiler.files import read_json, require_writable_parent, sync, write_json
+from profiler.files import behind_link, read_json, require_writable_parent, sync, write_json
 
 MAP_FILE = "coterie-placement.json"
 """In a permuted checkpoint: the plan that it was permuted by."""
@@ -27,6 +28,8 @@ CONSTRAINT = "constraint.safetensors"
 """`FILE_NAME` of `placement.constraints.config`, which imports torch; reading a map here does not."""
 OTHER_WEIGHTS = {".safetensors", ".bin", ".pt", ".pth", ".h5", ".msgpack", ".gguf", ".onnx", ".partial"}
 """Endings of files that hold weights in the old order and stay behind."""
+CHAT_TEMPLATES = "additional_chat_templates"
+"""The one folder of a tokenizer."""
 QUANTIZATION_FILES = ("hf_quant_config.json", "quantize_config.json", "quant_config.json")
 """Where ModelOpt, GPTQ and AWQ may say what config.json does not."""
 SINGLE_EXPERT = re.compile(r'experts[^\w"]{0,6}(?!0-9\])\d')
@@ -74,6 +77,7 @@ def permute_checkpoint(
         if on_bytes:
             on_bytes(done, total)
 
+    target = behind_link(target)
     partial = target.with_name(f".{target.name}.partial")
     try:
         shutil.rmtree(partial, ignore_errors=True)  # of a run that was killed
@@ -84,7 +88,7 @@ def permute_checkpoint(
         _write_rest(source, partial, names)
         if not invert:
             placement.save(partial / MAP_FILE)
-        sync(file for file in partial.iterdir())
+        sync(file for file in partial.rglob("*") if file.is_file())
         partial.replace(target)
     except OSError as error:
         remedy = "free some space" if error.errno == errno.ENOSPC else "give a writable place to -o"
@@ -215,7 +219,7 @@ def _weight_map(source: Path) -> dict[str, str]:
 
 
 def _write_rest(source: Path, target: Path, new_name: Mapping[str, str]) -> None:
-    """The index with the new names, and config, tokenizer and whatever else lies beside the weights."""
+    """The index with the new names, and config, tokenizer and whatever other files lie beside the weights."""
     if (source / INDEX).exists():
         index = read_json(source / INDEX, "an index of shards", "download it again")
         absent = sorted(set(_weight_map(source)) - set(new_name))
@@ -226,3 +230,5 @@ def _write_rest(source: Path, target: Path, new_name: Mapping[str, str]) -> None
     for path in sorted(source.iterdir()):
         if path.is_file() and path.suffix not in OTHER_WEIGHTS and path.name not in (INDEX, MAP_FILE):
             shutil.copyfile(path, target / path.name)
+        elif path.name == CHAT_TEMPLATES:
+            shutil.copytree(path, target / path.name, copy_function=shutil.copyfile)

@@ -1,4 +1,6 @@
-"""Does a permuted checkpoint compute what the original does? Both models run on the same tokens, one by one."""
+"""Does a permuted checkpoint compute what the original does? Both models run on the same tokens, one by one.
+Reads no checkpoint: models come from functions that the caller passes.
+"""
 
 from __future__ import annotations
 

@@ -49,6 +49,8 @@ def make_policy(plan: Path, replaced: Any) -> Any:
     Raises:
         CoterieError: the map cannot be read, or has empty slots.
     """
+    import logging
+
     import torch
 
     from placement.exporters.contract import full_rows
@@ -61,6 +63,8 @@ def make_policy(plan: Path, replaced: Any) -> Any:
 
     class StaticPolicy(replaced):  # type: ignore[misc]
         """Answers with the plan."""
+
+        told = False
 
         @classmethod
         def rebalance_experts(
@@ -79,6 +83,14 @@ def make_policy(plan: Path, replaced: Any) -> Any:
             """
             layers, experts = weight.shape
             if layers < num_layers and experts == num_experts:
+                if not cls.told:
+                    cls.told = True
+                    logging.getLogger("coterie").warning(
+                        "%s is for %d MoE layers; vLLM balances %d more by itself, of a draft model as it seems",
+                        plan,
+                        num_layers,
+                        layers,
+                    )
                 balanced: torch.Tensor = replaced.rebalance_experts(
                     weight, num_replicas, num_groups, num_nodes, num_ranks, old_global_expert_indices
                 )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from functools import partial
@@ -26,7 +26,7 @@ from placement.solvers.quadratic import quadratic
 from placement.solvers.random import random
 from placement.solvers.search import search
 from placement.solvers.spectral import spectral
-from placement.timing import Workload, linear_costs, touching_share
+from placement.timing import Workload, has_times, linear_costs, touching_share
 from placement.topology import Topology
 from profiler.errors import CoterieError
 from profiler.profile import Profile
@@ -110,8 +110,10 @@ class Options:
         ):
             if value < 0:
                 raise CoterieError(f"{name} {value}: must be at least 0")
-        if self.time_budget is not None and not self.time_budget > 0:
-            raise CoterieError(f"time budget {self.time_budget}: must be above 0 seconds")
+        if self.time_budget is not None and not 0 < self.time_budget < math.inf:
+            raise CoterieError(f"time budget {self.time_budget}: must be a number above 0, in seconds")
+        if self.worst_domain and self.objective == "collaboration":
+            raise CoterieError("collaboration is counted over all tokens, no domain has its own: leave --robust out")
         if self.domain_weights is not None and self.worst_domain:
             raise CoterieError("domain weights and the worst domain: each domain counts alone there; leave one out")
         for domain, weight in (self.domain_weights or {}).items():
@@ -140,16 +142,36 @@ def plan(
             profile.
     """
     options = options or Options()
-    if strategy not in STRATEGIES:
-        raise CoterieError(f"strategy {strategy!r}: must be one of {', '.join(STRATEGIES)}")
-    problems = layer_problems(profile, topology, options)
+    require_strategy(strategy)
+    return plan_layers(profile, topology, layer_problems(profile, topology, options), strategy, options, on_layer)
+
+
+def require_strategy(name: str) -> None:
+    """Check that there is such a strategy.
+
+    Raises:
+        CoterieError: there is not.
+    """
+    if name not in STRATEGIES:
+        raise CoterieError(f"strategy {name!r}: must be one of {', '.join(STRATEGIES)}")
+
+
+def plan_layers(
+    profile: Profile,
+    topology: Topology,
+    problems: Sequence[LayerProblem],
+    strategy: str,
+    options: Options,
+    on_layer: Callable[[], None] = lambda: None,
+) -> PlacementMap:
+    """`plan` for whoever asks several strategies to solve the same `layer_problems`; errors as there."""
     if options.load_cap is not None:
         for layer_id, problem in zip(profile.model.layer_ids, problems, strict=True):
             _require_feasible(problem, layer_id)
     place = STRATEGIES[strategy]
     if strategy == "search":
-        share = len(problems) / min(len(problems), os.cpu_count() or 1)
-        seconds = None if options.time_budget is None else options.time_budget / share
+        turns = -(-len(problems) // (os.cpu_count() or 1))  # of layers, as many at once as there are processors
+        seconds = None if options.time_budget is None else options.time_budget / turns
         place = partial(search, num_kicks=options.num_kicks, seconds=seconds)
 
     def of_layer(layer: int) -> Slots:
@@ -164,7 +186,7 @@ def plan(
 
 
 def options_of(placement: PlacementMap) -> Options:
-    """What a map was planned for: its objective, workload and groups; the defaults for a map of other origin.
+    """What a map was planned for: objective, workload, domains and groups; the defaults for a map of other origin.
 
     Raises:
         CoterieError: the map says it in a way that is none.
@@ -172,7 +194,8 @@ def options_of(placement: PlacementMap) -> Options:
     try:
         said = placement.solver.get("options") or {}
         workload = Workload(**{"tokens_per_rank": 4096, **said.get("workload", {})})
-        return Options(said.get("objective", "time"), workload, preserve_groups=bool(said.get("preserve_groups")))
+        kept = ("objective", "domain_weights", "worst_domain", "preserve_groups")
+        return Options(workload=workload, **{name: said[name] for name in kept if name in said})
     except (AttributeError, TypeError) as error:
         raise CoterieError(f"the plan's solver.options are none ({error}); plan again") from error
 
@@ -193,6 +216,11 @@ def layer_problems(profile: Profile, topology: Topology, options: Options) -> li
     if weights_T is not None:
         tokens, weights_T = tokens.where(weights_T > 0), weights_T[weights_T > 0]
     folds_T = _folds(tokens, options)
+    if options.preserve_groups and model.num_groups == 1:
+        raise CoterieError(
+            "groups cannot be preserved: the profile knows of none; leave --preserve-groups out, or import it with "
+            "--model where the router has some"
+        )
     if options.preserve_groups and (topology.num_slots != model.num_experts or options.num_redundant):
         raise CoterieError("groups can only be preserved with one slot for each expert and no redundant ones")
     objective = objective_of(model, topology, options)
@@ -232,7 +260,7 @@ def objective_of(model: MoESpec, topology: Topology, options: Options) -> Object
         return Objective(load=1.0)
     if options.objective == "collaboration":
         return Objective(collaboration=1.0)
-    if topology.links is not None and model.hidden_size and model.expert_size:
+    if has_times(model, topology):
         return Objective(**linear_costs(model, topology, options.workload)._asdict())
     if options.workload.mode == "per-expert":
         return Objective(load=1.0)
@@ -268,6 +296,7 @@ def _weights(tokens: TokenTrace, domains: tuple[str, ...], options: Options) -> 
     if unknown:
         raise CoterieError(f"domain {unknown[0]!r}: the profile has {', '.join(domains)}")
     per_domain = np.array([options.domain_weights.get(domain, 0.0) for domain in domains])
+    per_domain /= max(per_domain.max(), 1e-300)  # only their ratios count, and no sum of them may overflow
     tokens_of = np.bincount(tokens.domain_ids, minlength=len(domains))
     per_token = per_domain * tokens.num_tokens / np.maximum(tokens_of, 1)
     weights: npt.NDArray[np.float64] = per_token[tokens.domain_ids]

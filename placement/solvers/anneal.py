@@ -1,4 +1,5 @@
 """Copies, where they lie and which of them serves each token, searched together.
+Knows no strategy: the plan to start from is given.
 
 Copying experts one by one onto a finished plan leaves the plan as it was made for one copy each.  Here every slot may
 change: slots swap experts, and a slot with one of several copies may take another expert.  After each change the

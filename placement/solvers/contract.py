@@ -1,4 +1,4 @@
-"""What every strategy is given and what it returns."""
+"""What every strategy is given and what it returns. Knows no strategy, no map and no profile."""
 
 from __future__ import annotations
 
@@ -133,7 +133,9 @@ class LayerProblem:
             return self
         weights = rng.multinomial(max_sets, self.weights / self.weights.sum()).astype(np.float64)
         keep = np.flatnonzero(weights)
-        return replace(self, sets=self.sets[keep], folds=self.folds[keep], weights=weights[keep])
+        drawn = replace(self, sets=self.sets[keep], folds=self.folds[keep], weights=weights[keep])
+        # It may have missed the last folds.
+        return drawn if self.work is None else replace(drawn, work=self.work[:, : drawn.num_folds])
 
     @property
     def num_ranks(self) -> int:

@@ -1,4 +1,6 @@
-"""Copies beyond one of each expert, for strategies that only know where to put the first."""
+"""Copies beyond one of each expert, for strategies that only know where to put the first.
+Knows loads, and nothing of which experts work together.
+"""
 
 from __future__ import annotations
 

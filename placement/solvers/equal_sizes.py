@@ -1,4 +1,6 @@
-"""Parts of equal size: what partitioners that only aim at them need before and after."""
+"""Parts of equal size: what partitioners that only aim at them need before and after.
+Knows neither tokens nor slots.
+"""
 
 from __future__ import annotations
 
@@ -52,7 +54,7 @@ def with_best_swaps(rank_of: RankOfExpert, affinity: npt.NDArray[np.float64], nu
         gain = change + change.T - 2 * affinity
         gain[rank_of[:, None] == rank_of] = 0
         first, second = np.unravel_index(int(gain.argmax()), gain.shape)
-        if gain[first, second] <= enough:
+        if not gain[first, second] > enough:  # so that values that are no numbers end it, too
             return rank_of
         r, s = rank_of[first], rank_of[second]
         to_part[:, r] += affinity[:, second] - affinity[:, first]

@@ -1,8 +1,9 @@
 """The optimum of the planned tokens: set partitioning with a proof, where groups of experts can be enumerated.
+Knows no copies, and proves nothing itself: `placement/certify.py` does.
 
 Where its minute a layer is enough for the proof, no plan within the load cap has a lower busiest ingress on the tokens
-that this one was made of; `--certify` says where.  It fits them: on other
-sequences of recorded routing it reaches what the search's does to less than 1%, and is less balanced.
+that this one was made of; `--certify` says where.  It fits them: on other sequences of recorded routing it
+reaches what the search's does to less than 1%, and is less balanced.
 """
 
 from __future__ import annotations

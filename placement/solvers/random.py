@@ -1,4 +1,4 @@
-"""Experts dealt at random: what a plan buys over no plan at all."""
+"""Experts dealt at random: what a plan buys over no plan at all. Looks at neither tokens nor nodes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
 """The project's own search: a plan that is good at its busiest places, on token sets, under a load cap.
+Knows no links: what they cost is in the weights of its objective.
 
 It minimises the objective's busiest ingress, busiest node and busiest load together, each the p-norm over places (a
 maximum that also feels the runners-up), of all tokens and, counting less, averaged over folds of the sequences that
@@ -60,9 +61,13 @@ def search(
     if num_kicks is None:
         size = problem.num_experts * min(len(problem.sets), MAX_SETS)
         num_kicks = min(KICKS, max(FEWEST_KICKS, KICKS * LARGE // max(size, 1)))
-    effort = Effort(num_kicks, math.inf if seconds is None else time.monotonic() + seconds)
-    slots = slots_of_ranks(place_once(problem, rng, effort), problem.topology)
-    return search_copies(problem, slots, rng, effort) if problem.num_redundant else slots
+    now = time.monotonic()
+    effort = Effort(num_kicks, math.inf if seconds is None else now + seconds)
+    if not problem.num_redundant:
+        return slots_of_ranks(place_once(problem, rng, effort), problem.topology)
+    first = effort if seconds is None else replace(effort, deadline=now + seconds / 2)
+    slots = slots_of_ranks(place_once(problem, rng, first), problem.topology)
+    return search_copies(problem, slots, rng, effort)
 
 
 def place_once(problem: LayerProblem, rng: np.random.Generator, effort: Effort) -> Ints:
@@ -180,9 +185,13 @@ def _place_groups(problem: LayerProblem, rng: np.random.Generator, effort: Effor
         np.add.at(work, (group_of[column[there]], problem.folds[there]), problem.weights[there])
     work /= np.maximum(np.bincount(problem.folds, problem.weights, minlength=problem.num_folds), 1e-300)
     nodes = topology.num_nodes if places % topology.num_nodes == 0 else 1
+    # Many sets of experts are one of groups.
+    rows, row = np.unique(np.column_stack([coarse_sets, problem.folds]), axis=0, return_inverse=True)
     coarse = replace(
         problem,
-        sets=coarse_sets,
+        sets=rows[:, :-1].astype(np.int32),
+        folds=rows[:, -1].astype(np.int64),
+        weights=np.bincount(row.ravel(), problem.weights).astype(np.float64),
         num_experts=groups,
         num_groups=1,
         topology=Topology(nodes, places // nodes, groups // places),

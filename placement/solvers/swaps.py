@@ -1,4 +1,5 @@
 """Swaps judged in closed form: descents on the true objective over token sets, where each expert has one copy.
+Knows neither copies (`anneal.py`) nor how a first plan is made.
 
 For experts a on place r and b on place s, what a swap does to the tokens that reach r follows from tallies:
 
