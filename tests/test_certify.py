@@ -108,7 +108,7 @@ def test_optima_are_those_of_brute_force(problem):
 @settings(max_examples=20, deadline=None)
 @given(problems())
 def test_the_strategy_is_the_optimum(problem):
-    """Of the tokens of all folds, whatever objective it is given; a cap that none keeps is the load-only plan's load."""
+    """Of the tokens of all folds, for any objective; a cap that none keeps is the load-only plan's load."""
     folds = np.arange(len(problem.sets)) % 2
     given = replace(problem, folds=folds, objective=Objective(load=1.0))
     slots = partitioning(given, np.random.default_rng(0))
@@ -118,6 +118,8 @@ def test_the_strategy_is_the_optimum(problem):
     balanced = np.bincount(ranks_of(load_only(problem, np.random.default_rng(0)), problem), problem.expert_load)
     assert load.max() <= max(problem.load_cap * load.mean(), balanced.max()) + 1e-6
     assert certify(problem, plan, FAR).busiest_ingress.optimal
+    slots = partitioning(replace(given, objective=Objective(fan_out=1.0)), np.random.default_rng(0))
+    assert certify(problem, ranks_of(slots, problem), FAR).fan_out.optimal
 
 
 def test_what_the_strategy_refuses():

@@ -63,7 +63,8 @@ def plan(
         str,
         typer.Option(
             help="Whose plan to write: linear, random, load, occult, metis, spectral, quadratic, hypergraph, "
-            "partitioning (the least busiest ingress of the planned tokens, proved if a minute a layer is enough) or "
+            "partitioning (the least busiest ingress, or fan_out, of the planned tokens, proved if a minute a layer is "
+            "enough) or "
             "search."
         ),
     ] = "search",

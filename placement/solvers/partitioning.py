@@ -1,8 +1,8 @@
 """The optimum of the planned tokens: set partitioning with a proof, where groups of experts can be enumerated.
 Knows no copies, and proves nothing itself: `placement/certify.py` does.
 
-Where its minute a layer is enough for the proof, no plan within the load cap has a lower busiest ingress on the tokens
-that this one was made of; `--certify` says where.  It fits them: on other sequences of recorded routing it
+Where its minute a layer is enough for the proof, no plan within the load cap has a lower busiest ingress, or where that
+is the objective fan_out, on the tokens that this one was made of; `--certify` says where.  It fits them: on other sequences of recorded routing it
 reaches what the search's does to less than 1%, and is less balanced.
 """
 
@@ -25,13 +25,15 @@ SECONDS = 60.0
 def partitioning(problem: LayerProblem, rng: np.random.Generator) -> Slots:
     """The least busiest ingress on the planned tokens within the load cap; of such plans, one of low fan_out.
 
+    With the objective fan-out it is the least fan_out.
+
     Where the load-only plan breaks the cap, its largest load stands for it, as in the search.
 
     Raises:
         CoterieError: there are free slots or groups to preserve, groups of experts are too many to enumerate, or token
             weights are not whole.
     """
-    from placement.certify import optimal_busiest_ingress  # both import this package's contract
+    from placement.certify import optimal_busiest_ingress, optimal_fan_out  # both import this package's contract
     from placement.columns import can_enumerate
 
     if problem.num_groups > 1:
@@ -49,7 +51,9 @@ def partitioning(problem: LayerProblem, rng: np.random.Generator) -> Slots:
     balanced = ranks_of(load_only(problem, rng), problem)
     load = np.bincount(balanced, problem.expert_load, minlength=problem.num_ranks)
     load_cap = max(problem.load_cap, float(load.max() / max(load.mean(), 1e-300)))
-    problem = replace(problem.merged(), load_cap=load_cap, objective=Objective(ingress=1.0), worst_fold=False)
+    for_fan_out = problem.objective.fan_out > 0
+    objective = Objective(fan_out=1.0) if for_fan_out else Objective(ingress=1.0)
+    problem = replace(problem.merged(), load_cap=load_cap, objective=objective, worst_fold=False)
     start = ranks_of(search(problem, rng), problem)
-    found = optimal_busiest_ingress(problem, start, SECONDS)
+    found = (optimal_fan_out if for_fan_out else optimal_busiest_ingress)(problem, start, SECONDS)
     return slots_of_ranks(start if found.rank_of_expert is None else found.rank_of_expert, problem.topology)
