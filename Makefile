@@ -2,7 +2,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-engines fuzz faults nightly package lint types check model benchmarks network-benchmarks reference clean
+.PHONY: demo test test-engines fuzz faults nightly package lint types check model benchmarks rootless-benchmarks network-benchmarks reference clean
 
 demo: $(VENV)/installed  ## profile, plan, run and show the embedded model
 	$(BIN)/coterie demo
@@ -22,7 +22,8 @@ faults: $(VENV)/installed  ## each command killed 20 times at a random moment, a
 package:  ## build, install in a fresh environment and run there; `make package WITH=torch==2.14.1`, or WITH=lowest
 	.ci/package $(WITH)
 
-nightly: fuzz faults test-engines  ## what takes too long for every change
+nightly: fuzz faults test-engines package  ## what takes too long for every change
+	$(MAKE) package WITH=lowest
 
 lint: $(VENV)/installed
 	$(BIN)/ruff check .
@@ -40,7 +41,9 @@ model: $(VENV)/installed  ## train the embedded model again, about an hour and a
 	$(BIN)/python -m pip install --quiet --constraint requirements.lock --editable '.[zoo]'
 	$(BIN)/python -m profiler.zoo.train
 
-benchmarks: $(VENV)/installed  ## measure again what benchmarks/results holds
+benchmarks: rootless-benchmarks network-benchmarks  ## measure again all that benchmarks/ holds: over 2 hours, idle, as root
+
+rootless-benchmarks: $(VENV)/installed  ## measure again what benchmarks/results holds
 	$(BIN)/python -m benchmarks.coactivation
 	$(BIN)/python -m benchmarks.recording
 	$(BIN)/python -m benchmarks.streaming
