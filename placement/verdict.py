@@ -110,7 +110,7 @@ def _worth(insight: Insight) -> Answer:
     sentences.append(
         f"Measured on {insight.measured.require_tokens().num_tokens:,} tokens of {num_sequences:,} sequences {known}. "
         + {
-            "per-rank": "Fewer copies save time where an engine sends a token once per rank; where it sends once per "
+            "per-rank": "Fewer rows save time where an engine sends a token once per rank; where it sends once per "
             "expert, only balance counts.",
             "per-expert": "The plan is for an engine that sends a token once per expert, where only balance counts.",
         }[mode]

@@ -181,14 +181,14 @@ def test_the_complete_path_of_the_docs(tmp_path, monkeypatch, version):
     commands = [line for line in text.splitlines() if line.startswith("coterie ")][:4]
     assert [command.split()[1] for command in commands] == ["import", "plan", "evaluate", "export"]
     for command in commands:
-        words = shlex.split(command.replace("--ranks 8", "--ranks 4"))
+        words = shlex.split(command.replace("--ranks 16", "--ranks 4"))
         done = CliRunner().invoke(app, words[1:])
         assert done.exit_code == 0, (command, done.output, done.exception)
     wanted = text[text.index("# 4.") :].partition("\n")[2].partition("```")[0].replace("\\\n", " ").split()
     ours = [word.replace("$PWD", str(tmp_path)) for word in wanted]
-    assert done.stdout.splitlines()[0].split() == ["4" if word == "8" else word for word in ours]
+    assert done.stdout.splitlines()[0].split() == ["4" if word == "16" else word for word in ours]
     placement = PlacementMap.load_from(Path("plan.json"))
-    asked = {"file": "experts.json", "num_hidden_layers": 3, "num_experts": 8, "num_ranks": 4, "num_nodes": 1}
+    asked = {"file": "experts.json", "num_hidden_layers": 3, "num_experts": 8, "num_ranks": 4, "num_nodes": 2}
     for of_rank in load("sglang", source, {**asked, "num_redundant_experts": 0}):
         assert of_rank["phy2log"][1:] == placement.physical_to_logical_map.tolist()
 

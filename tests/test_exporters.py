@@ -228,6 +228,17 @@ def test_what_an_engine_cannot_take_is_refused(tmp_path, name, layers, message):
     assert not list(tmp_path.iterdir())
 
 
+def test_sglang_is_not_given_what_it_loads_in_file_order(tmp_path):
+    placement = some_map(model_type="gpt_oss")
+    with pytest.raises(CoterieError, match="model type gpt_oss: .* --to checkpoint") as refused:
+        write_export(sglang.ENGINE, placement, tmp_path / "map.json", ServedModel(5))
+    assert "\n" not in str(refused.value)
+    with pytest.raises(CoterieError, match="model type gpt_oss"):  # which only the model's config says
+        write_export(sglang.ENGINE, some_map(), tmp_path / "map.json", ServedModel(5, model_type="gpt_oss"))
+    assert not list(tmp_path.iterdir())
+    write_export(vllm.ENGINE, placement, tmp_path / "plan.json", ServedModel(5))  # only SGLang does so
+
+
 def test_other_refusals(tmp_path):
     one_rank = PlacementMap.linear(make_spec(1, 8, 2), Topology(1, 1, 8))
     with pytest.raises(CoterieError, match="on 1 rank"):

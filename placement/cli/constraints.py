@@ -1,7 +1,10 @@
-"""`coterie constrain`, `codesign`, `finetune` and `quality`: routing that respects a plan, and what that costs."""
+"""`coterie constrain`, `codesign`, `finetune` and `quality`: routing that respects a plan, and what that costs.
+Constrains, trains and measures nothing itself: `placement/constraints` does.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -11,7 +14,7 @@ from rich.table import Column, Table
 
 from placement.cli.app import Data, Json, Model, Nodes, app, notes, print_json, progress_bar, seed_option, tables
 from profiler.errors import CoterieError
-from profiler.files import require_writable, require_writable_parent
+from profiler.files import require_writable, require_writable_parent, write_together
 
 if TYPE_CHECKING:
     from placement.constraints.constrain import Constraint
@@ -70,7 +73,7 @@ def constrain(
     from placement.placement_map import PlacementMap
     from profiler.profile import Profile
 
-    require_writable(out)
+    require_writable(out, plan, similarity)
     recorded = Profile.load_from(run)
     placement = PlacementMap.load_from(plan) if plan else None
     constraint = _make(method, recorded, placement, top_t, limit, nodes, similarity)
@@ -164,7 +167,7 @@ def codesign(
     Example: coterie codesign ./OLMoE-1B-7B --ranks 8 --top-t 24 --data texts/ -o codesigned/
     """
     from placement.constraints.codesign import Round, alternate, best
-    from placement.constraints.config import FILE_NAME, save
+    from placement.constraints.config import FILE_NAME, to_bytes
     from placement.solvers import Options
     from placement.solvers import plan as make_plan
     from placement.topology import Topology
@@ -188,8 +191,9 @@ def codesign(
         notes.print(f"fan_out {one.fan_out:.3f}, perplexity {one.perplexity:.3f}")
         so_far.append(one)
         chosen = best(so_far)  # written at once, since a later round may fail
-        chosen.placement.save(out / "plan.json")
-        save(chosen.constraint, out / FILE_NAME)
+        write_together(
+            {out / "plan.json": [chosen.placement.to_bytes()], out / FILE_NAME: [to_bytes(chosen.constraint)]}
+        )
 
     with notes.status("planning and constraining in turn"):
         done = alternate(
@@ -263,7 +267,15 @@ def finetune(
 
     limited = load(constraint) if constraint else None
     training = Training(
-        steps, batch_size, micro_batch_size, learning_rate, warmup_steps, what.value, seed, save_steps, dtype
+        steps=steps,
+        batch_size=batch_size,
+        micro_batch_size=micro_batch_size,
+        learning_rate=learning_rate,
+        warmup_steps=warmup_steps,
+        part=what.value,
+        seed=seed,
+        save_steps=save_steps,
+        dtype=dtype,
     )
     if data and instructions:
         raise CoterieError("--data and --instructions: give one of them")
@@ -333,7 +345,7 @@ def quality(
     Example: coterie quality ./OLMoE-1B-7B ./tuned-plain ./tuned --data held-out/
     """
     from placement.constraints.config import FILE_NAME, digest_of, load
-    from placement.constraints.harness import known_tasks, run_tasks
+    from placement.constraints.harness import known_tasks, run_tasks, task_names
     from profiler import zoo
     from profiler.documents import read_documents
     from profiler.loading import load_model
@@ -361,7 +373,7 @@ def quality(
             for case in cases:
                 shown = loaded.name if loaded.name not in labels else str(model)  # folders may have the same last name
                 name = shown if case is None else f"{shown}, {case.name}"
-                measured[name] = _measure(loaded, case, unseen, max_tokens)
+                measured[name] = _measure(loaded, case, unseen, max_tokens, task_names(task or []))
                 if task:
                     run_tasks(
                         loaded, case, task, folder=task_folder, limit=task_limit, on_figures=measured[name].update
@@ -373,7 +385,9 @@ def quality(
             _show(measured, as_json)
 
 
-def _measure(loaded: LoadedModel, constraint: Constraint | None, documents: Any, max_tokens: int) -> dict[str, float]:
+def _measure(
+    loaded: LoadedModel, constraint: Constraint | None, documents: Any, max_tokens: int, tasks: Sequence[str] = ()
+) -> dict[str, float]:
     from placement.constraints.constrain import constrain as constrained
     from placement.constraints.quality import perplexity
 
@@ -387,7 +401,11 @@ def _measure(loaded: LoadedModel, constraint: Constraint | None, documents: Any,
             advance_to(done, batches.num_tokens)
 
         found = perplexity(loaded.model, batches, loaded.input_device, on_batch)
-    return {"all": found.overall, **found.of_domain}
+    # A domain may have the name of what is measured besides.
+    return {"all": found.overall} | {
+        f"{domain} (domain)" if domain in ("all", *tasks) else domain: value
+        for domain, value in found.of_domain.items()
+    }
 
 
 def _show(measured: dict[str, dict[str, float]], as_json: bool) -> None:

@@ -126,7 +126,8 @@ def _served_model(
     known = placement.model.num_hidden_layers or whole_number(config, "num_hidden_layers", "num_layers")
     total = known if num_hidden_layers is None else num_hidden_layers
     drafts = whole_number(config, "num_nextn_predict_layers", "mtp_num_hidden_layers")
-    return ServedModel(total, drafts if num_mtp_layers is None else num_mtp_layers, str(model or ""))
+    num_mtp = drafts if num_mtp_layers is None else num_mtp_layers
+    return ServedModel(total, num_mtp, str(model or ""), str(config.get("model_type") or ""))
 
 
 def _write_checkpoint(placement: PlacementMap, model: Path, out: Path, invert: bool) -> None:

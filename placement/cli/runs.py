@@ -1,4 +1,6 @@
-"""`coterie bench` and `demo`: what a plan bought in a real run, and the whole chain on the embedded model."""
+"""`coterie bench` and `demo`: what a plan bought in a real run, and the whole chain on the embedded model.
+Plans and times nothing itself: other commands plan, `placement/runtime/bench.py` times.
+"""
 
 from __future__ import annotations
 
@@ -91,7 +93,7 @@ def bench(
 
     for path in (out, figure):
         if path:
-            require_writable(path)
+            require_writable(path, *plan_files)
     maps: dict[str, PlacementMap] = {}
     for path in plan_files:
         placement = PlacementMap.load_from(path)

@@ -158,13 +158,13 @@ def traffic_table(run: BenchRun) -> Table:
     table = _plain_table(
         "what that sent, MB in one step",
         "counted: to other ranks, or to other hosts where there are several; interfaces: all of that as the system "
-        "counts; least: copies that go there x hidden size x width, both ways; "
+        "counts; least: rows that go there x hidden size x width, both ways; "
         "predicted: by the cost model on links measured before, ms"
         + (f"; rank correlation over maps: {found}" if found else ""),
     )
     table.add_column("implementation", min_width=14)
     table.add_column("map")
-    for column in ("fan_out", "copies", "counted", "inter-\nfaces", "least", "exchange\nms", "pre-\ndicted"):
+    for column in ("fan_out", "rows", "counted", "inter-\nfaces", "least", "exchange\nms", "pre-\ndicted"):
         table.add_column(column, justify="right", no_wrap=True)
     for row in run.rows:
         table.add_row(

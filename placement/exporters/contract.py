@@ -44,7 +44,7 @@ class Export:
 
     Attributes:
         content: its bytes.
-        start: the exact command or configuration that starts the engine with it.
+        start: a command or configuration to start the engine with it from.
         remarks: what a person should know before, a sentence each.
     """
 
@@ -61,11 +61,13 @@ class ServedModel:
         total: decoder layers, dense ones included; 0 where not known.
         num_mtp: layers for multi-token prediction behind them, which hold experts too; the plan has none for these.
         path: folder or hub id that the engine is to load; empty for the plan's name of the model.
+        model_type: in the model's config; empty where that is not known, or the plan says it.
     """
 
     total: int = 0
     num_mtp: int = 0
     path: str = ""
+    model_type: str = ""
 
     def __post_init__(self) -> None:
         if self.total < 0 or self.num_mtp < 0:

@@ -22,10 +22,10 @@ class Meter:
             exchange of these figures.
         bytes_sent: payload and indices sent to other ranks, gradients too; what a rank keeps is not counted.
         network_bytes_sent: the part of it that went to other nodes.
-        rows_sent: token copies sent to any rank, its own included; with two hops, those of the last.
-        rows_away: token copies sent to other ranks, on every hop.
+        rows_sent: rows sent to any rank, its own included; with two hops, those of the last.
+        rows_away: rows sent to other ranks, on every hop.
         network_rows: the part of them that went to other nodes.
-        rows_served: token copies that this rank received to run its experts on.
+        rows_served: rows that this rank received to run its experts on.
         pairs_served: (token, expert) pairs that it ran.
         align: called before each phase; where ranks wait for each other there, a phase is not charged with what others
             did before it.
@@ -68,12 +68,12 @@ class Meter:
         self.index_seconds += time.perf_counter() - started
 
     def count_rows(self, rows_to: Sequence[int], member: int, across_nodes: Sequence[bool]) -> None:
-        """Count token copies that one hop sends, `rows_to[m]` to each member m of a group by one of them."""
+        """Count rows that one hop sends, `rows_to[m]` to each member m of a group by one of them."""
         self.rows_away += sum(rows_to) - rows_to[member]
         self.network_rows += sum(rows for rows, far in zip(rows_to, across_nodes, strict=True) if far)
 
     def count_served(self, rows_sent: int, rows_served: int, pairs_served: int) -> None:
-        """Count the token copies that a layer call sent and received in all, and the pairs that it ran."""
+        """Count the rows that a layer call sent and received in all, and the pairs that it ran."""
         self.rows_sent += rows_sent
         self.rows_served += rows_served
         self.pairs_served += pairs_served

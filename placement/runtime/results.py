@@ -45,12 +45,12 @@ class BenchRow:
         implementation: transformers' or this project's, and how it exchanges if not as usual.
         map: the name of the placement map.
         fan_out: ranks that serve a token, mean over layers, of the evaluator on the tokens that were run.
-        rows_per_token: copies of a token sent in a layer, its own rank included; under coterie this is fan_out.
+        rows_per_token: rows sent for a token in a layer, its own rank included; under coterie this is fan_out.
         remote_rows_per_token: those that left their rank, on all hops.
         bytes_sent: counted by this program, dispatch and combine, without what ranks keep for themselves.
         wire_bytes: the part of it that went to other hosts; all of it where there is one.
         interface_bytes: sent by the hosts' interfaces, as the system counts; None where it does not.
-        least_bytes: of the wire's, what this map needs at the least: copies that went over it x hidden size x width,
+        least_bytes: of the wire's, what this map needs at the least: rows that went over it x hidden size x width,
             both ways.
         dispatch: to the experts' ranks, indices and sizes included.
         expert: products and sums on the experts' ranks.
