@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 from safetensors.numpy import save_file
 
-from benchmarks.record import spread, write
+from benchmarks.record import peak_memory, spread, write
 from placement.exporters.checkpoint import permute_checkpoint
 from placement.placement_map import PlacementMap
 from placement.topology import Topology
@@ -51,13 +51,7 @@ def run(source: Path, target: Path) -> tuple[float, float]:
     before, started = peak_memory(), time.perf_counter()
     permute_checkpoint(source, target, placement)
     seconds = time.perf_counter() - started
-    return seconds, peak_memory() - before
-
-
-def peak_memory() -> float:
-    """MiB; of this process alone, unlike getrusage, which begins with what the parent had."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM")) / 1024
+    return seconds, (peak_memory() - before) / 2**20
 
 
 def main() -> None:

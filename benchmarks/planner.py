@@ -5,7 +5,6 @@ Planned on the sequences at even places, measured on those at odd places, mean o
 """
 
 import multiprocessing
-import resource
 import sys
 import time
 from collections.abc import Callable
@@ -18,7 +17,7 @@ import numpy.typing as npt
 
 import placement.solvers
 from benchmarks import traces
-from benchmarks.record import write
+from benchmarks.record import peak_memory, write
 from placement.compare import measure
 from placement.solvers import HALVINGS, STRATEGIES, Options, objective_of, plan
 from placement.solvers.contract import Objective
@@ -49,16 +48,20 @@ def balance() -> None:
     """Every strategy without knowing the hardware: what reaches the busiest rank, and how much it computes."""
     metrics = ("fan_out", "busiest_ingress", "imbalance_ratio", "intra_share")
     rows = []
+    sizes = {}
     for name, num_ranks in CELLS:
         planned, unseen = traces.load(name).split_by_sequence()
+        sizes[name] = _tokens_of(planned, unseen)
         topology = Topology.for_experts(planned.model.num_experts, num_ranks)
         for strategy in PEERS:
-            held, fitted = [], []
+            held, fitted, worst = [], [], []
             for seed in SEEDS if strategy == "search" else SEEDS[:1]:
                 placement = plan(planned, topology, strategy, Options(seed=seed))
                 for figures, part in ((held, unseen), (fitted, planned)):
                     found = measure(placement, part.require_tokens(), Options().workload)
                     figures.append([found[metric]["mean"] for metric in metrics])
+                    if part is unseen:
+                        worst.append([found[metric]["worst"] for metric in metrics])
             spread = [
                 f"{least:.4f} to {most:.4f}" for least, most in zip(np.min(held, 0), np.max(held, 0), strict=True)
             ]
@@ -69,6 +72,7 @@ def balance() -> None:
                     strategy,
                     *(round(value, 4) for value in np.mean(held, 0).tolist()),
                     " / ".join(spread[1:3]) if len(held) > 1 else "-",
+                    *np.mean(worst, 0)[1:3].tolist(),
                     *np.mean(fitted, 0)[1:3].tolist(),
                 ]
             )
@@ -77,19 +81,28 @@ def balance() -> None:
         "planner_balance",
         "Strategies on recorded routing",
         "Held-out figures, mean over all layers, of the search the mean of four seeds and their spread; beside them "
-        "those of the sequences that were planned on.",
+        "those of the worst layer, and those of the sequences that were planned on. "
+        + "; ".join(f"{name}: {size}" for name, size in sizes.items())
+        + ".",
         (
             "trace",
             "ranks",
             "strategy",
             *metrics,
             "busiest_ingress / imbalance_ratio by seed",
+            "busiest_ingress, worst layer",
+            "imbalance_ratio, worst layer",
             "busiest_ingress, planned on",
             "imbalance_ratio, planned on",
         ),
         rows,
         "planner balance",
     )
+
+
+def _tokens_of(planned: Profile, unseen: Profile) -> str:
+    sizes = planned.require_tokens().num_tokens, unseen.require_tokens().num_tokens
+    return f"planned on {sizes[0]:,} tokens of each layer, measured on {sizes[1]:,}"
 
 
 def predicted() -> None:
@@ -132,24 +145,35 @@ def predicted() -> None:
 def copies() -> None:
     """Redundant experts: the search against copies of hot experts, with the same slots and the same choice."""
     planned, unseen = traces.load("gpt-oss-20b").split_by_sequence()
+    metrics = ("fan_out", "busiest_ingress", "imbalance_ratio")
     rows = []
     for num_ranks in (4, 8):
         for num_redundant in (8, 16):
             topology = Topology.for_experts(32, num_ranks, 1, num_redundant)
-            for strategy in ("load", "search"):
+            for strategy in ("linear", "random", "load", "search"):
                 started = time.perf_counter()
-                placement = plan(planned, topology, strategy, Options(num_redundant=num_redundant))
-                seconds = time.perf_counter() - started
+                seeds = SEEDS if strategy == "search" else SEEDS[:1]
+                placements = [
+                    plan(planned, topology, strategy, Options(num_redundant=num_redundant, seed=seed)) for seed in seeds
+                ]
+                seconds = (time.perf_counter() - started) / len(seeds)
                 for choice in ("token", "source"):
-                    figures = measure(placement, unseen.require_tokens(), Options().workload, choice)
-                    metrics = ("fan_out", "busiest_ingress", "imbalance_ratio")
+                    found = [measure(each, unseen.require_tokens(), Options().workload, choice) for each in placements]
+                    means, worst = (
+                        np.array([[figures[metric][of] for metric in metrics] for figures in found])
+                        for of in ("mean", "worst")
+                    )
+                    ends = zip(means.min(axis=0), means.max(axis=0), strict=True)
+                    spread = [f"{least:.4f} to {most:.4f}" for least, most in ends]
                     rows.append(
                         [
                             num_ranks,
                             num_redundant,
                             strategy,
                             choice,
-                            *(figures[metric]["mean"] for metric in metrics),
+                            *means.mean(axis=0).tolist(),
+                            " / ".join(spread[1:]) if len(seeds) > 1 else "-",
+                            *worst.mean(axis=0)[1:].tolist(),
                             f"{seconds:.0f}",
                         ]
                     )
@@ -157,16 +181,18 @@ def copies() -> None:
     write(
         "planner_copies",
         "Redundant experts on gpt-oss-20b",
-        "Held out, mean over all layers; copies are chosen by each token or once for each source rank.",
+        "Held out, mean over all layers, of the search the mean of four seeds and their spread; copies are chosen by "
+        f"each token or once for each source rank. {_tokens_of(planned, unseen).capitalize()}.",
         (
             "ranks",
             "redundant experts",
             "strategy",
             "choice",
-            "fan_out",
-            "busiest_ingress",
-            "imbalance_ratio",
-            "seconds",
+            *metrics,
+            "busiest_ingress / imbalance_ratio by seed",
+            "busiest_ingress, worst layer",
+            "imbalance_ratio, worst layer",
+            "seconds to plan",
         ),
         rows,
         "planner copies",
@@ -298,7 +324,7 @@ def _scaled(layers: int, experts: int, ranks: int, redundant: int, tokens: int, 
     started = time.perf_counter()
     placement = plan(planned, topology, strategy, Options(num_redundant=redundant))
     seconds = time.perf_counter() - started
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
+    peak = peak_memory() / 1e9
     figures = measure(placement, unseen.require_tokens(), Options().workload)
     metrics = ("fan_out", "busiest_ingress", "imbalance_ratio")
     weights = objective_of(planned.model, topology, Options())

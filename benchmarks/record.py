@@ -64,6 +64,15 @@ def write(
     print("\n".join(lines))
 
 
+def peak_memory() -> int:
+    """Bytes, of this process alone since it started or the mark was reset; getrusage begins with what the parent had.
+
+    Linux only.
+    """
+    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
+    return int(line.split()[1]) * 1024
+
+
 def spread(values: Sequence[float] | np.ndarray) -> str:
     """Median (least to most)."""
     return f"{np.median(values):.3g} ({np.min(values):.3g} to {np.max(values):.3g})"

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from benchmarks.record import write
+from benchmarks.record import peak_memory, write
 from profiler.spec import MoESpec
 from profiler.trace import TokenTrace, ids_dtype
 from profiler.writer import ProfileWriter
@@ -42,7 +42,7 @@ def stream(max_traced_tokens: int | None) -> list[float]:
         writer = ProfileWriter(folder / "run.profile", spec, ["text"], max_traced_tokens=max_traced_tokens)
         writer.add(pool[0])
         Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
-        before, started = peak_mb(), time.perf_counter()
+        before, started = peak_memory(), time.perf_counter()
         seen, number = pool[0].num_tokens, 1
         while seen < NUM_TOKENS:
             part = pool[number % len(pool)].where(slice(NUM_TOKENS - seen))
@@ -53,7 +53,7 @@ def stream(max_traced_tokens: int | None) -> list[float]:
         assert stored.num_tokens == NUM_TOKENS
         seconds = time.perf_counter() - started
         on_disk = sum(path.stat().st_size for path in stored.folder.iterdir()) / 1e6
-        return [round(peak_mb() - before), round(seconds), round(NUM_TOKENS / seconds), round(on_disk)]
+        return [round((peak_memory() - before) / 1e6), round(seconds), round(NUM_TOKENS / seconds), round(on_disk)]
     finally:
         shutil.rmtree(folder)
 
@@ -68,12 +68,6 @@ def passes(spec: MoESpec) -> list[TokenTrace]:
         zeros = np.zeros(TOKENS_OF_A_PASS, dtype=np.uint8)
         out.append(TokenTrace(ids, np.full(TOKENS_OF_A_PASS, number, dtype=np.int32), zeros, zeros))
     return out
-
-
-def peak_mb() -> float:
-    """Since the last reset; Linux only."""
-    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
-    return int(line.split()[1]) * 1024 / 1e6
 
 
 if __name__ == "__main__":

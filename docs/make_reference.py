@@ -38,10 +38,10 @@ def pages() -> dict[str, str]:
 
 
 def tables() -> dict[str, str]:
-    """Pages of docs/ with their tables as benchmarks/results has them."""
+    """Pages with their tables as benchmarks/results has them."""
     out = {}
-    for page in ("comparison.md", "planning.md"):
-        text = (ROOT / "docs" / page).read_text()
+    for page in ("README.md", "docs/comparison.md", "docs/planning.md"):
+        text = (ROOT / page).read_text()
         filled, count = re.subn(r"(<!-- peers: ([\w, ]+) -->\n).*?(<!-- end -->)", fill, text, flags=re.DOTALL)
         assert count == 1, page
         out[page] = filled
@@ -217,7 +217,7 @@ def main() -> None:
     for name, text in pages().items():
         (FOLDER / name).write_text(text)
     for name, text in tables().items():
-        (ROOT / "docs" / name).write_text(text)
+        (ROOT / name).write_text(text)
 
 
 if __name__ == "__main__":
