@@ -11,7 +11,9 @@ from dataclasses import fields
 from pathlib import Path
 
 import pytest
+import safetensors
 import torch
+from conftest import make_spec, make_trace, random_ids
 from test_cli import run
 from transformers import AutoTokenizer, OlmoeConfig, OlmoeForCausalLM
 from typer.main import get_command
@@ -19,12 +21,14 @@ from typer.main import get_command
 from placement import cli
 from placement.constraints.config import save
 from placement.constraints.pruning import limit_ranks
+from placement.constraints.similarity import SimilarityTable
 from placement.cost import SUMMARISED
 from placement.placement_map import PlacementMap
 from placement.runtime.results import BenchResult, BenchRow, BenchRun
-from placement.topology import Topology
-from profiler import zoo
+from placement.topology import Links, Topology
+from profiler import Profile, zoo
 from profiler.families import read_spec
+from profiler.spec import MoESpec
 
 ROOT = Path(__file__).parents[1]
 PAGES = sorted(path for path in [*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")] if path.name != "CHANGELOG.md")
@@ -130,10 +134,17 @@ def test_snippets_are_python_that_imports_what_there_is():
                     assert all(hasattr(module, name.name) for name in node.names), f"{page.name}: {ast.unparse(node)}"
 
 
-def test_formats_name_every_field_and_metric():
+def test_formats_name_every_field_and_metric(tmp_path):
     text = (ROOT / "docs" / "formats.md").read_text()
-    run_fields = [field.name for of in (BenchResult, BenchRun, BenchRow) for field in fields(of)]
-    for name in (*SUMMARISED, "predicted_time", *run_fields):
+    stored = (MoESpec, Topology, Links, PlacementMap, SimilarityTable, BenchResult, BenchRun, BenchRow)
+    names = [field.name for of in stored for field in fields(of)]
+    trace = make_trace(random_ids(0, 2, 20, 8, 2))
+    Profile.from_tokens(make_spec(2, 8, 2), ["a", "b"], trace, {}).save(tmp_path / "run.profile")
+    names += json.loads((tmp_path / "run.profile" / "profile.json").read_text())
+    for path in (tmp_path / "run.profile").glob("*.safetensors"):
+        with safetensors.safe_open(path, "numpy") as tensors:
+            names += tensors.keys()
+    for name in (*SUMMARISED, "predicted_time", *names):
         assert f"`{name}`" in text, name
 
 
