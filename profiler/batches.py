@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-import jinja2
 import torch
 from torch.nn.utils.rnn import pad_sequence
 
@@ -153,8 +152,10 @@ def _token_ids(document: Document, tokenizer: Any, as_chat: bool) -> list[int]:
         chat = [{"role": "user", "content": content}] if isinstance(content, str) else content
         try:
             encoded = tokenizer.apply_chat_template(chat, tokenize=True, return_dict=True)
-        except jinja2.TemplateError as error:
-            raise CoterieError(f"{document.place}: the model's chat template refuses it ({error}); mend it") from error
+        except Exception as error:  # a template is a program, which fails in all ways that one can
+            raise CoterieError(
+                f"{document.place}: the model's chat template refuses it ({first_line(error)}); mend it"
+            ) from error
     ids: list[int] = encoded["input_ids"]
     return ids
 

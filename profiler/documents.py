@@ -194,7 +194,12 @@ def _read_path(path: Path, text_field: str, domain_field: str, split: str) -> It
     for file in files:
         domain = file.relative_to(path).parts[0] if path.is_dir() and file.parent != path else file.stem
         try:
-            if file.suffix == ".jsonl":
+            if file.suffix.lower() == ".json":
+                raise CoterieError(
+                    f"{file}: is neither text nor JSON lines by its name; call it .jsonl if it has one JSON object a "
+                    "line, else .txt"
+                )
+            if file.suffix.lower() == ".jsonl":
                 yield from _scan_lines(file, domain, text_field, domain_field)
             else:
                 yield from _scan_text(file, domain)
@@ -204,9 +209,11 @@ def _read_path(path: Path, text_field: str, domain_field: str, split: str) -> It
 
 def _scan_text(path: Path, domain: str) -> Iterator[Document]:
     """Documents of at most `MAX_BYTES`, cut at a line break, else at a space, else between characters."""
-    start, holds_text = 0, False
+    holds_text = False
     with path.open("rb") as file:
         source = _File(path, _stamp(file), None)
+        start = len(codecs.BOM_UTF8) if file.read(len(codecs.BOM_UTF8)) == codecs.BOM_UTF8 else 0
+        file.seek(start)
         while block := file.read(MAX_BYTES):
             final = len(block) < MAX_BYTES or start + len(block) == source.stamp[0]
             text, length = _decode(block, path, start, final)

@@ -1,4 +1,5 @@
-"""Where a model keeps its experts and announces which ones each token picked. The only module that looks inside models.
+"""Where a model keeps its experts and announces which ones each token picked. Records nothing itself.
+Only this module and, for routers, `placement/constraints/routers.py` tell one model family from another.
 
 transformers hands the router's selection to the experts module as an argument, so one hook on that call sees the true
 selection in most families: after bias correction, group limits and whatever else the router does.  The top-k of the
@@ -67,16 +68,27 @@ class MoELayer:
 
 
 def packed_shape(experts: nn.Module) -> tuple[int, int, int]:
-    """(E, H, I) of experts packed in `down_proj`: (E, H, I), or (E, I, H) where all weights are transposed."""
+    """(E, H, I) of experts packed in `down_proj`: (E, H, I), or (E, I, H) where all weights are transposed.
+
+    Weights of 4 bits are (E, H, I / 2) bytes, as transformers keeps those of `FP8Experts` and `Mxfp4GptOssExperts`.
+
+    Raises:
+        CoterieError: they are kept in another way.
+    """
     weights = dict(experts.named_parameters())
     down, up = weights.get("down_proj"), weights.get("gate_up_proj", weights.get("up_proj"))
-    if down is None or up is None or down.ndim != 3 or up.ndim != 3:
-        raise CoterieError(
-            f"{type(experts).__name__} keeps its experts in a way that coterie does not know: "
-            "give their sizes to profiler.families.register_family (docs/families.md)"
-        )
-    num_experts, first, second = down.shape
-    return (num_experts, first, second) if up.shape[2] == first else (num_experts, second, first)
+    if down is not None and up is not None and down.ndim == up.ndim == 3:
+        num_experts, first, second = down.shape
+        if up.shape[2] == first:
+            return num_experts, first, second
+        if up.dtype in (torch.int8, torch.uint8) and 2 * up.shape[2] == first:
+            return num_experts, first, 2 * second
+        if up.shape[1] == second:
+            return num_experts, second, first
+    raise CoterieError(
+        f"{type(experts).__name__} keeps its experts in a way that coterie does not know: "
+        "give their sizes to profiler.families.register_family (docs/families.md)"
+    )
 
 
 @dataclass(frozen=True)

@@ -116,12 +116,15 @@ def write_together(files: Mapping[Path, Sequence[bytes]], *, to_disk: bool = Tru
         for path, temporary in temporaries.items():
             temporary.replace(path)
     except OSError as error:
-        remedy = "free some space" if error.errno == errno.ENOSPC else "give a writable path to -o"
-        raise CoterieError(f"{path}: cannot be written ({error.strerror}); {remedy}") from error
+        raise CoterieError(f"{path}: cannot be written ({error.strerror}); {_remedy(error)}") from error
     finally:
         for temporary in temporaries.values():
             with contextlib.suppress(OSError):
                 temporary.unlink()
+
+
+def _remedy(error: OSError) -> str:
+    return "free some space" if error.errno == errno.ENOSPC else "give a writable path to -o"
 
 
 def put_in_place(complete: Path, folder: Path) -> None:
@@ -160,15 +163,20 @@ def temporary_folder() -> Iterator[str]:
     for left in Path(tempfile.gettempdir()).glob(f"{TEMPORARY}*"):
         with contextlib.suppress(OSError):  # if it is another user's, or in use
             if time.time() - left.stat().st_mtime > 60:  # else it may be about to be locked
-                with _locked(left):
+                with locked(left):
                     shutil.rmtree(left)
-    with tempfile.TemporaryDirectory(prefix=TEMPORARY) as folder, _locked(Path(folder)):
+    with tempfile.TemporaryDirectory(prefix=TEMPORARY) as folder, locked(Path(folder)):
         yield folder
 
 
 @contextlib.contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    """Raises BlockingIOError where another process has locked it."""
+def locked(folder: Path) -> Iterator[None]:
+    """Keep others that do the same out of a folder.
+
+    Raises:
+        BlockingIOError: another one has locked it.
+        OSError: the folder cannot be opened, or its file system locks no folders.
+    """
     descriptor = os.open(folder, os.O_RDONLY)  # closed in processes that this one starts
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -188,7 +196,7 @@ def sync(paths: Iterable[Path]) -> None:
             with path.open("rb") as file:
                 os.fsync(file.fileno())
         except OSError as error:
-            raise CoterieError(f"{path}: cannot be written ({error.strerror}); free some space") from error
+            raise CoterieError(f"{path}: cannot be written ({error.strerror}); {_remedy(error)}") from error
 
 
 def parse_json(text: str) -> Any:

@@ -159,7 +159,8 @@ def sources(digest: str, provenance: Mapping[str, Any]) -> list[str]:
 
 def strangers(folder: Path) -> list[Path]:
     """What is in the folder of a profile, complete or not, and never was written by coterie."""
-    own = re.compile(r"profile\.json|checkpoint|.*\.safetensors|\..*\.partial")
+    name = r"(profile\.json|checkpoint|counts\.safetensors|tokens-\d{5,}\.safetensors)"
+    own = re.compile(rf"{name}|\.{name}\.partial")
     return [path for path in folder.glob("*") if not own.fullmatch(path.name)]
 
 

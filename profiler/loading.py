@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import re
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
@@ -120,7 +121,7 @@ def load_model(
     """
     # Importing transformers takes seconds: only where a model is really loaded.
     from huggingface_hub.utils.logging import set_verbosity_error
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, AutoTokenizer, Mxfp4Config
     from transformers.utils.logging import disable_progress_bar
 
     disable_progress_bar()
@@ -137,14 +138,35 @@ def load_model(
     if dtype is not None and dtype not in DTYPES:
         raise CoterieError(f"dtype {dtype!r}: must be one of {', '.join(DTYPES)}")
     device = device or default_device()
+    if device.partition(":")[0] == "meta":
+        raise CoterieError(f"device {device!r}: holds no weights, so nothing can run; give one such as cpu or cuda:0")
     dtype = dtype or ("float32" if device.partition(":")[0] == "cpu" else "auto")
     offloading = contextlib.ExitStack()
     offload_folder = None if device_map is None else offloading.enter_context(temporary_folder())
     try:
         tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False) if with_tokenizer else None
-        loaded = AutoModelForCausalLM.from_pretrained(
-            source, dtype=dtype, device_map=device_map, offload_folder=offload_folder, trust_remote_code=False
+        config = AutoConfig.from_pretrained(source, trust_remote_code=False)
+        auto = _auto_class(config, AutoModelForCausalLM, AutoModelForImageTextToText)
+        if auto is None:
+            raise CoterieError(
+                f"{source}: a model of {type(config).__name__} is not loaded here; load it in Python and record with "
+                "profiler.Recorder (docs/families.md)"
+            )
+        options: dict[str, Any] = {}
+        if (getattr(config, "quantization_config", None) or {}).get("quant_method") == "mxfp4":
+            # Its kernels would route on their own, past all hooks.
+            options["quantization_config"] = Mxfp4Config(dequantize=True)
+        loaded = auto.from_pretrained(
+            source,
+            dtype=dtype,
+            device_map=device_map,
+            offload_folder=offload_folder,
+            trust_remote_code=False,
+            **options,
         )
+    except CoterieError:
+        offloading.close()
+        raise
     except Exception as error:  # what loading a broken folder raises is any library's choice
         offloading.close()
         raise CoterieError(
@@ -164,12 +186,21 @@ def load_model(
             raise CoterieError(
                 f"device {device!r}: cannot be used ({first_line(error)}); give one such as cpu or cuda:0"
             ) from error
-    name = zoo.NAME if model is None else Path(source).name if Path(source).is_dir() else source
-    return LoadedModel(name, loaded.eval(), tokenizer)
+    return LoadedModel(zoo.NAME if model is None else _name_of(source), loaded.eval(), tokenizer)
 
 
-def read_shape(model: str) -> tuple[MoESpec, int]:
-    """The MoE layers of a model and the number of its hidden layers, dense ones included, from its config alone.
+def _auto_class(config: Any, *classes: Any) -> Any:
+    """The first of transformers' auto classes that has a model for a config; None if none has."""
+    return next((auto for auto in classes if type(config) in auto._model_mapping), None)
+
+
+def _name_of(source: str) -> str:
+    """A folder's own name, also where it is given as `.`; a hub id as it is."""
+    return Path(os.path.abspath(source)).name if Path(source).is_dir() else source
+
+
+def read_shape(model: str) -> MoESpec:
+    """The MoE layers of a model, from its config alone.
 
     The model is built without memory for its weights, so that any size takes seconds and no weights need to be there.
 
@@ -179,20 +210,18 @@ def read_shape(model: str) -> tuple[MoESpec, int]:
     Raises:
         CoterieError: there is no such config, or it is of no MoE model that coterie knows.
     """
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForImageTextToText
     from transformers.utils.logging import disable_progress_bar
 
     disable_progress_bar()
     try:
         config = AutoConfig.from_pretrained(model, trust_remote_code=False)
+        auto = _auto_class(config, AutoModelForCausalLM, AutoModelForImageTextToText) or AutoModel
         with torch.device("meta"):
-            empty = AutoModelForCausalLM.from_config(
-                config, dtype=getattr(config, "dtype", None), trust_remote_code=False
-            )
+            empty = auto.from_config(config, dtype=getattr(config, "dtype", None), trust_remote_code=False)
     except Exception as error:  # what a broken config raises is any library's choice
         raise CoterieError(
             f"{model}: its config cannot be read ({first_line(error)}); give a folder with config.json or a hub id, or "
             "leave --model out and give --num-experts, --top-k and the sizes"
         ) from error
-    name = Path(model).name if Path(model).is_dir() else model
-    return read_spec(empty, name), int(config.get_text_config().num_hidden_layers)
+    return read_spec(empty, _name_of(model))

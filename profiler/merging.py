@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -11,7 +12,7 @@ import numpy as np
 from profiler.errors import CoterieError
 from profiler.folder import StoredProfile, open_profile, sources
 from profiler.trace import MAX_DOMAINS
-from profiler.writer import ProfileWriter, discard_unfinished
+from profiler.writer import ProfileWriter
 
 TOLD = ("cannot_tell", "to_get_tokens")
 """What the provenance of counts without pairs says to whoever asks for more."""
@@ -30,13 +31,20 @@ def merge(
         on_shard: called as each shard is done.
 
     Raises:
-        CoterieError: the profiles are of different models, some have token sets or co-activation and some do not, they
-            have more than 255 domains together, or the result cannot be written.
+        CoterieError: one is given twice, or with another that was split from it or united of it; the profiles are of
+            different models, some have token sets or co-activation and some do not, they have more than 255 domains
+            together, or the result cannot be written.
     """
     parts = [open_profile(folder) for folder in folders]
     if not parts:
         raise CoterieError("0 profiles to merge: give at least one")
     first = parts[0]
+    for part, other in itertools.permutations(parts, 2):
+        if part.digest in sources(other.digest, other.provenance):
+            raise CoterieError(
+                f"cannot merge {part.folder} with {other.folder}, which has tokens of it (digest {part.digest[:12]}) "
+                "that would count twice; leave one out"
+            )
     for other in parts[1:]:
         if not first.model.routes_like(other.model):
             raise CoterieError(
@@ -63,7 +71,7 @@ def merge(
         made_from = [digest for part in parts for digest in sources(part.digest, part.provenance)]
         return writer.finish({**kept, "made_from": made_from, "merged": [dict(part.provenance) for part in parts]})
     except BaseException:
-        discard_unfinished(out)
+        writer.discard()
         raise
 
 

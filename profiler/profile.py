@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, Self
 
 import numpy as np
+import numpy.typing as npt
 
 from profiler import folder as on_disk
 from profiler.counts import Counts, count
@@ -79,14 +80,18 @@ class Profile:
     def split_by_sequence(self) -> tuple[Profile, Profile]:
         """Two profiles: even positions in the list of sequences to plan with, odd ones to measure on.
 
+        Where that gives one of them more of a domain than the other, by over one sequence, every second sequence of
+        each domain goes to each; a sequence of several domains counts as of its first token's.
+
         Raises:
             CoterieError: there are no token sets, or fewer than two sequences.
         """
         tokens = self.require_tokens()
-        sequences, position = np.unique(tokens.sequence_ids, return_inverse=True)
+        sequences, first, position = np.unique(tokens.sequence_ids, return_index=True, return_inverse=True)
         if len(sequences) < 2:
             raise CoterieError("the profile holds 1 sequence, a held-out half needs at least 2: profile more text")
-        return self._part(position % 2 == 0, "even sequences"), self._part(position % 2 == 1, "odd sequences")
+        odd_T = _odd_sequences(tokens.domain_ids[first])[position]
+        return self._part(~odd_T, "even sequences"), self._part(odd_T, "odd sequences")
 
     def split_by_domain(self) -> dict[str, Profile]:
         """One profile for each domain that has tokens; counts stay exact where the token sets are a sample."""
@@ -150,6 +155,17 @@ class Profile:
                 f"{folder}: holds other than num_traced_tokens {stored.num_traced_tokens}; profile again"
             )
         return cls(stored.model, stored.domains, stored.counts, tokens, stored.provenance)
+
+
+def _odd_sequences(domain_S: npt.NDArray[np.uint8]) -> npt.NDArray[np.bool_]:
+    """Which sequences to measure on, given the domain of each, in order."""
+    odd_S: npt.NDArray[np.bool_] = np.arange(len(domain_S)) % 2 == 1
+    of_domain = [np.flatnonzero(domain_S == domain) for domain in np.unique(domain_S)]
+    if any(abs(2 * int(odd_S[places].sum()) - len(places)) > 1 for places in of_domain):
+        # With batches of one sequence, an even number of domains that take turns would go to one half each.
+        for places in of_domain:
+            odd_S[places] = (places[0] + np.arange(len(places))) % 2 == 1
+    return odd_S
 
 
 def _hash(data: bytes) -> str:

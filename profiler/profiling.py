@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import hashlib
 import importlib.metadata
+import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,7 +20,7 @@ from profiler.folder import StoredProfile, open_profile
 from profiler.loading import LoadedModel
 from profiler.recorder import Recorder
 from profiler.trace import TokenTrace
-from profiler.writer import ProfileWriter, discard_unfinished, unfinished_folder
+from profiler.writer import ProfileWriter, unfinished_folder
 
 
 @torch.no_grad()
@@ -75,6 +77,8 @@ def profile_model(
         "weights": weights,
         "text": batches.digest,
         "model_weights": _identity(loaded.model),
+        "dtype": str(loaded.model.dtype).removeprefix("torch."),
+        "config": _config_digest(loaded.model),
     }
     told = {**run, "seed": seed, "max_traced_tokens": max_traced_tokens}
     done = _stored(out) if resume and not unfinished_folder(out).exists() else None
@@ -90,43 +94,44 @@ def profile_model(
         run=run,
         resume=resume,
     )
-    position = writer.position or {"batches": 0, "tokens": 0, "next_sequence": 0}
-    recorder.next_sequence = position["next_sequence"]
-    on_progress(position["tokens"], batches.num_tokens)
-    counting = False
-    try:
-        with recorder:
-            first = position["batches"]
-            for number, batch in enumerate(batches.start_at(first), first):
-                recorder.domain_id = domains.index(batch.domain)
-                _run(loaded, batch, decode_tokens, seed * 1_000_003 + number)
-                counting = True
-                if of_batch:
-                    writer.add(TokenTrace.concatenate(of_batch))
-                    of_batch.clear()
-                position = {
-                    "batches": number + 1,
-                    "tokens": position["tokens"] + batch.num_tokens,
-                    "next_sequence": recorder.next_sequence,
-                }
-                writer.checkpoint_if_due(position)  # counts what is not counted yet
-                counting = False
-                on_progress(position["tokens"], batches.num_tokens)
-    except BaseException:
-        if position["batches"] and not counting:  # what was counted ends with a whole batch
+    with contextlib.closing(writer):
+        position = writer.position or {"batches": 0, "tokens": 0, "next_sequence": 0}
+        recorder.next_sequence = position["next_sequence"]
+        counting = False
+        try:
+            on_progress(position["tokens"], batches.num_tokens)
+            with recorder:
+                first = position["batches"]
+                for number, batch in enumerate(batches.start_at(first), first):
+                    recorder.domain_id = domains.index(batch.domain)
+                    _run(loaded, batch, decode_tokens, seed * 1_000_003 + number)
+                    counting = True
+                    if of_batch:
+                        writer.add(TokenTrace.concatenate(of_batch))
+                        of_batch.clear()
+                    position = {
+                        "batches": number + 1,
+                        "tokens": position["tokens"] + batch.num_tokens,
+                        "next_sequence": recorder.next_sequence,
+                    }
+                    writer.checkpoint_if_due(position)  # counts what is not counted yet
+                    counting = False
+                    on_progress(position["tokens"], batches.num_tokens)
+        except BaseException:
+            if position["batches"] and not counting:  # what was counted ends with a whole batch
+                with contextlib.suppress(CoterieError):
+                    writer.checkpoint(position)
+            if not writer.position:  # no checkpoint, so nothing to go on from
+                writer.discard()
+            raise
+        try:
+            return writer.finish({**_provenance(loaded), **told})
+        except CoterieError:
             with contextlib.suppress(CoterieError):
                 writer.checkpoint(position)
-        if not writer.position:  # no checkpoint, so nothing to go on from
-            discard_unfinished(out)
-        raise
-    try:
-        return writer.finish({**_provenance(loaded), **told})
-    except CoterieError:
-        with contextlib.suppress(CoterieError):
-            writer.checkpoint(position)
-        if not writer.position:
-            discard_unfinished(out)
-        raise
+            if not writer.position:
+                writer.discard()
+            raise
 
 
 def _require_same_model(out: Path, name: str) -> None:
@@ -168,6 +173,13 @@ def _run(loaded: LoadedModel, batch: Batch, decode_tokens: int, seed: int) -> No
         with torch.random.fork_rng():
             torch.manual_seed(seed)
             loaded.model.generate(**inputs, max_new_tokens=decode_tokens + 1)  # the last one that is made is not run
+    except RuntimeError as error:
+        if "probability tensor contains" not in str(error):
+            raise
+        raise CoterieError(
+            f"{loaded.name}: its logits are no finite numbers (NaN or infinite) in {loaded.model.dtype}, so it cannot "
+            "go on with a text; give another --dtype, or --decode-tokens 0"
+        ) from error
     finally:
         loaded.model.generation_config = own
 
@@ -180,6 +192,13 @@ def _identity(model: Any) -> str | dict[str, list[int]] | None:
         return revision
     files = sorted([*folder.glob("*.safetensors"), *folder.glob("*.bin")])
     return {file.name: [file.stat().st_size, file.stat().st_mtime_ns] for file in files}
+
+
+def _config_digest(model: Any) -> str:
+    """SHA-256 in hex of a model's config, whatever transformers wrote it."""
+    config = json.loads(model.config.to_json_string())
+    config.pop("transformers_version", None)
+    return hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()
 
 
 def _provenance(loaded: LoadedModel) -> dict[str, Any]:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import inspect
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from types import TracebackType
@@ -24,21 +25,29 @@ def inputs_and_mask(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[torc
 
     While decoding the mask also covers cached tokens, so that it is wider than S; those of this pass are the last ones.
     Of a mask that says who sees whom, (B, 1, S, places), as static caches get it, those count that see themselves: all
-    but padding.  Other masks do not say who counts: all do.
+    but padding.  Other masks do not say who counts: all do.  A mask of one row is every row's.
     """
     inputs: Any = kwargs.get("input_ids", args[0] if args else None)
     if inputs is None:
         inputs = kwargs["inputs_embeds"]
     mask: Any = kwargs.get("attention_mask", args[1] if len(args) > 1 else None)
     if isinstance(mask, dict):  # one for each kind of layer; in a sliding window places are others
-        mask = mask.get("full_attention")
+        tensors = [(kind, part) for kind, part in mask.items() if isinstance(part, torch.Tensor)]
+        mask = min(tensors, key=lambda pair: (pair[0] != "full_attention", pair[1].ndim), default=("", None))[1]
     if isinstance(mask, torch.Tensor) and mask.ndim == 4:
         own = mask[:, 0].diagonal(_num_cached(kwargs), 1, 2)
         mask = (own >= 0 if own.is_floating_point() else own.bool()).expand(len(inputs), -1)
         mask = mask if mask.shape[1] == inputs.shape[1] else None
     if not isinstance(mask, torch.Tensor) or mask.ndim != 2:
         mask = torch.ones(inputs.shape[:2], dtype=torch.bool, device=inputs.device)
-    return inputs, mask
+    return inputs, mask.expand(len(inputs), -1) if len(mask) == 1 else mask
+
+
+def by_name(forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """All arguments by the names that `forward` has for them; wrappers take any, as most do: ids, then a mask."""
+    parameters = inspect.signature(forward).parameters.values()
+    names = [part.name for part in parameters if part.kind in (part.POSITIONAL_ONLY, part.POSITIONAL_OR_KEYWORD)]
+    return {**dict(zip(names or ("input_ids", "attention_mask"), args, strict=False)), **kwargs}
 
 
 def _num_cached(kwargs: dict[str, Any]) -> int:
@@ -85,6 +94,7 @@ class Recorder:
         name: str = "model",
         *,
         weights: bool = False,
+        ends: Collection[int] | None = None,
         on_tokens: Callable[[TokenTrace], None] | None = None,
     ) -> None:
         """Find the model's experts.
@@ -93,6 +103,8 @@ class Recorder:
             model: a transformers model with MoE layers.
             name: what to call it in the recorded `MoESpec`.
             weights: record `topk_weights` too.
+            ends: tokens that end a row while decoding, such as `generate` is given as `eos_token_id`, and what it fills
+                up with after them; None takes the model's own generation config, which a part of a model has not.
             on_tokens: is given the tokens of each pass, which are then not kept in memory; None keeps them for `trace`.
 
         Raises:
@@ -108,6 +120,7 @@ class Recorder:
         self.next_sequence = 0
         self._model = model
         self._weights = weights
+        self._ends = ends
         self._handles: list[RemovableHandle] = []
         self._pass: _Pass | None = None
         self._paused = False
@@ -128,6 +141,7 @@ class Recorder:
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
+        self._pass = self._last = None  # what runs between two `with` blocks is not seen
 
     @contextmanager
     def paused(self) -> Iterator[None]:
@@ -153,9 +167,15 @@ class Recorder:
         last, self._last = self._last, None
         if self._paused:
             return
-        inputs, mask = inputs_and_mask(args, kwargs)
+        given = by_name(module.forward, args, kwargs)
+        if given.get("cu_seq_lens_q") is not None:
+            raise CoterieError(
+                f"{self.spec.name}: sequences are packed into one row (cu_seq_lens_q), as generate_batch does, and "
+                "cannot be told apart; run one sequence a row with an attention mask, as generate does"
+            )
+        inputs, mask = inputs_and_mask(args[:1], given)
         batch, length = inputs.shape[:2]
-        num_cached = mask.shape[1] - length or _num_cached(kwargs)
+        num_cached = mask.shape[1] - length or _num_cached(given)
         keep = mask[:, -length:].bool()
         if num_cached and length == 1 and inputs.ndim == 2:
             keep = keep & ~self._ended(inputs)
@@ -167,13 +187,18 @@ class Recorder:
         config = getattr(self._model, "generation_config", None)
         ends: Any = getattr(config, "eos_token_id", None)
         padding = getattr(config, "pad_token_id", None)
-        ended = [*(ends if isinstance(ends, list) else [ends]), padding]
+        ended = [*(ends if isinstance(ends, list) else [ends]), padding] if self._ends is None else self._ends
         numbers = torch.tensor([token for token in ended if token is not None], device=input_ids.device)
         return torch.isin(input_ids, numbers.to(input_ids.dtype))
 
     def _make_hook(self, index: int, layer: MoELayer) -> Any:
         def record_selection(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
             if self._pass is not None:
+                if index in self._pass.selections:
+                    raise CoterieError(
+                        f"{layer.name} ran twice in one pass, and a token has one selection a layer; record a model "
+                        "that runs each of its layers once"
+                    )
                 self._pass.selections[index] = layer.read(args, kwargs, output)
 
         return record_selection
@@ -218,7 +243,8 @@ class Recorder:
                 found = "nothing" if seen is None else f"shape {tuple(seen.ids.shape)}"
                 raise CoterieError(
                     f"{layer.name} announced {found}, expected top-{self.spec.top_k} of {len(keep_T)} tokens: this "
-                    "model's experts are called in a way that coterie does not know; see profiler.families"
+                    "model's experts are called in a way that coterie does not know: compiled by torch.compile (record "
+                    "without it), or see profiler.families"
                 )
             ids_TK, weights_TK = seen.ids.detach().reshape(len(keep_T), -1), seen.weights
             if weights_TK is not None:

@@ -8,10 +8,11 @@ come.  A run that goes on from it writes the same bytes as one that was never ki
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
-import shutil
 import time
+import weakref
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,7 @@ from safetensors.numpy import save as to_safetensors
 
 from profiler.counts import Counts, Tally
 from profiler.errors import CoterieError
-from profiler.files import behind_link, require_text, sync, write_bytes
+from profiler.files import behind_link, locked, require_text, sync, write_bytes
 from profiler.folder import (
     CHECKPOINT,
     TOKENS_PER_SHARD,
@@ -126,6 +127,8 @@ class Reservoir:
 class ProfileWriter:
     """Counts and keeps tokens in `<folder>.partial` until `finish` gives the profile its name.
 
+    That folder is locked until then, or until `close` or `discard`, so that no other run writes there.
+
     Attributes:
         position: what the last checkpoint was told: how far the run has come.  Empty at the start of a run.
         num_tokens: counted so far.
@@ -154,7 +157,7 @@ class ProfileWriter:
 
         Raises:
             CoterieError: the folder cannot be written, a name is no text, an unfinished run is there and `resume` is
-                not set, or it was another run.
+                not set, it was another run, or one that is still at work.
         """
         require_replaceable(folder)
         require_text([model.to_json(), list(domains)])
@@ -169,21 +172,44 @@ class ProfileWriter:
         self._keeps_all = max_traced_tokens is None
         self._uncounted: list[TokenTrace] = []
         self._pending: list[TokenTrace] = []  # not in a shard yet
+        self._num_uncounted = self._num_pending = 0  # tokens in them
         self._hashes: dict[str, str] = {}
         self._synced = 0  # shards that are surely on the disk
         self._traced = 0
         self._run = {"model": model.to_json(), "domains": list(domains), "max_traced_tokens": max_traced_tokens}
         self._run |= {"seed": seed, **(run or {})}
         self._checkpointed_at, self._pause = time.monotonic(), CHECKPOINT_SECONDS
-        if self._unfinished.exists():
-            if not (self._unfinished / CHECKPOINT).is_file() and not strangers(self._unfinished):
-                discard_unfinished(folder)  # killed before its first checkpoint: there is nothing to go on from
-            elif not resume:
-                raise CoterieError(
-                    f"{self._unfinished}: an unfinished recording is there; go on with --resume, or remove it"
-                )
-            else:
+        self._let_go = weakref.finalize(self, _hold(self._unfinished).close)
+        try:
+            self._begin(resume)
+        except BaseException:
+            self.close()
+            raise
+
+    def close(self) -> None:
+        """Let others write there; what is unfinished stays."""
+        self._let_go()
+
+    def discard(self) -> None:
+        """Remove what is unfinished."""
+        self.close()
+        discard_unfinished(self._folder)
+
+    def _begin(self, resume: bool) -> None:
+        if not (self._unfinished / CHECKPOINT).is_file() and not strangers(self._unfinished):
+            _clear(self._unfinished)  # killed before its first checkpoint: there is nothing to go on from
+        elif not resume:
+            raise CoterieError(
+                f"{self._unfinished}: an unfinished recording is there; go on with --resume, or remove it"
+            )
+        else:
+            try:
                 self._restore()
+            except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
+                raise CoterieError(
+                    f"{self._unfinished / CHECKPOINT}: written by another version of coterie "
+                    f"({type(error).__name__}: {error}); go on with that one, or remove {self._unfinished}"
+                ) from error
 
     @property
     def num_tokens(self) -> int:
@@ -205,14 +231,15 @@ class ProfileWriter:
         """
         trace.require(self._model, len(self._domains))
         self._uncounted.append(trace)
-        if sum(part.num_tokens for part in self._uncounted) >= TOKENS_PER_COUNT:
+        self._num_uncounted += trace.num_tokens
+        if self._num_uncounted >= TOKENS_PER_COUNT:
             self._count()
         self.keep(trace)
 
     def _count(self) -> None:
         if self._uncounted:
             trace = TokenTrace.concatenate(self._uncounted)
-            self._uncounted = []
+            self._uncounted, self._num_uncounted = [], 0
             self._tally.add(trace)
             self._sketch = self._sketch.add(trace.row_hashes())
 
@@ -226,7 +253,8 @@ class ProfileWriter:
             self._reservoir.add(trace)
         elif self._keeps_all:
             self._pending.append(trace)
-            if sum(part.num_tokens for part in self._pending) >= TOKENS_PER_SHARD:
+            self._num_pending += trace.num_tokens
+            if self._num_pending >= TOKENS_PER_SHARD:
                 self._write_shards(last=False)
 
     def checkpoint_if_due(self, position: Mapping[str, Any]) -> None:
@@ -298,6 +326,7 @@ class ProfileWriter:
             self._traced,
             provenance,
         )
+        self.close()
         return open_profile(self._folder)
 
     def _write_shards(self, last: bool) -> None:
@@ -310,7 +339,7 @@ class ProfileWriter:
             self._hashes[name] = digest
             self._traced += full.num_tokens
             rest = rest.where(slice(TOKENS_PER_SHARD, None))
-            self._pending = [rest] if rest.num_tokens else []
+            self._pending, self._num_pending = [rest] if rest.num_tokens else [], rest.num_tokens
 
     def _restore(self) -> None:
         path = self._unfinished / CHECKPOINT
@@ -344,6 +373,7 @@ class ProfileWriter:
         self._sketch = RowSketch(**group("sketch"))
         pending = group("pending")
         self._pending = [TokenTrace(**pending)] if pending else []
+        self._num_pending = sum(part.num_tokens for part in self._pending)
         if self._reservoir:
             self._reservoir.restore(note["seen"], group("reservoir"))
 
@@ -355,5 +385,42 @@ def unfinished_folder(folder: Path) -> Path:
 
 
 def discard_unfinished(folder: Path) -> None:
-    """Remove what a killed run has left."""
-    shutil.rmtree(unfinished_folder(folder), ignore_errors=True)
+    """Remove what a killed run has left, unless another run is at work on it."""
+    unfinished = unfinished_folder(folder)
+    with contextlib.suppress(CoterieError), contextlib.ExitStack() as held:
+        if unfinished.is_dir():
+            held.enter_context(_hold(unfinished))
+            _clear(unfinished)
+            with contextlib.suppress(OSError):  # somebody's own files are there
+                unfinished.rmdir()
+
+
+def _clear(unfinished: Path) -> None:
+    """Remove all that coterie wrote there."""
+    others = strangers(unfinished)
+    for path in unfinished.glob("*"):
+        if path not in others:
+            with contextlib.suppress(OSError):
+                path.unlink()
+
+
+def _hold(unfinished: Path) -> contextlib.ExitStack:
+    """Make the folder if it is not there, and lock it until the stack is closed, or this process ends.
+
+    Raises:
+        CoterieError: it cannot be made, or another run has locked it.
+    """
+    held = contextlib.ExitStack()
+    try:
+        unfinished.mkdir(parents=True, exist_ok=True)
+        held.enter_context(locked(unfinished))
+    except BlockingIOError as error:
+        raise CoterieError(
+            f"{unfinished}: another run is writing there; wait until it is done, or give another name to -o"
+        ) from error
+    except OSError as error:
+        if not unfinished.is_dir():  # else it is on a file system that locks no folders, as some of networks
+            raise CoterieError(
+                f"{unfinished}: cannot be written ({error.strerror}); give a writable folder to -o"
+            ) from error
+    return held

@@ -68,6 +68,26 @@ def test_domains_are_file_names_and_subfolders(tmp_path):
     assert contents(read_documents([str(tmp_path / "prose.txt")])) == [("prose", "one")]
 
 
+def test_marks_and_suffixes_that_some_systems_write(tmp_path):
+    """A byte order mark is no text, and what stands behind it is read from its place."""
+    (tmp_path / "a.txt").write_bytes(b"\xef\xbb\xbfone")
+    (tmp_path / "b.TXT").write_bytes(b"\xef\xbb\xbf" + b"x" * (MAX_BYTES + 5))
+    write_lines(tmp_path / "c.JSONL", {"text": "three"})
+    assert contents(read_documents([tmp_path])) == [
+        ("a", "one"), ("b", "x" * MAX_BYTES), ("b", "x" * 5), ("c", "three")
+    ]  # fmt: skip
+    (tmp_path / "d.txt").write_bytes(b"\xef\xbb\xbf")
+    with pytest.raises(CoterieError, match="d.txt: holds 0 characters"):
+        read_documents([tmp_path])
+
+
+@pytest.mark.parametrize("name", ["a.json", "a.JSON"])
+def test_json_that_may_be_lines_or_text_is_asked_about(tmp_path, name):
+    write_lines(tmp_path / name, {"text": "one"})
+    with pytest.raises(CoterieError, match=rf"{name}: is neither text nor JSON lines .*; call it \.jsonl"):
+        read_documents([tmp_path])
+
+
 def test_json_lines_hold_texts_and_conversations(tmp_path):
     path = tmp_path / "mixed.jsonl"
     lines = [{"text": "größer"}, {"messages": CHAT, "topic": "talk"}, {"text": None, "messages": CHAT}]
@@ -377,6 +397,17 @@ def test_chat_templates_that_are_missing_or_refuse(tmp_path):
     path = write_lines(tmp_path / "a.jsonl", {"messages": CHAT}, {"messages": CHAT[1:]})
     with pytest.raises(CoterieError, match=r"a.jsonl, byte \d\d+: the model's chat template refuses it \(a user"):
         list(make_batches(read_documents([path]), Letters(), 10, 1))
+
+
+@pytest.mark.parametrize("error", [TypeError("can only join\nan iterable"), ValueError(""), KeyError("role")])
+def test_chat_templates_that_fail_as_programs_do(error):
+    def fail(*_, **__):
+        raise error
+
+    tokenizer = SimpleNamespace(chat_template="{{ ... }}", apply_chat_template=fail)
+    with pytest.raises(CoterieError, match="a document: the model's chat template refuses it") as caught:
+        list(make_batches([Document.of("a", CHAT)], tokenizer, 10, 1))
+    assert "\n" not in str(caught.value)
 
 
 def test_embedded_texts_have_the_same_domains_and_share_nothing():

@@ -27,6 +27,7 @@ from made_recordings import (
     to_slots,
     with_dense_layer,
 )
+from safetensors import safe_open
 from safetensors.numpy import save_file
 
 from profiler import CoterieError
@@ -217,6 +218,32 @@ def test_tensorrt_llm_counts_come_back(folder, spec_and_trace, same_tokens, raw,
         assert rows_of(profile.tokens) == rows_of(trace)
 
 
+def test_tensorrt_llm_files_are_opened_once_a_reading(tmp_path, monkeypatch):
+    """Not for each of their thousands of tensors; what is counted in blocks is all that was recorded."""
+    ids, opened = random_ids(0, 2, 70, 16, 4), []
+    (tmp_path / "meta_info.json").write_text(json.dumps({"num_experts": 16, "num_experts_per_token": 4}))
+    for rank in range(2):
+        parts = {f"{step}_{layer}": ids[layer, 5 * (7 * rank + step) :][:5] for step in range(7) for layer in range(2)}
+        picks = {key: np.ascontiguousarray(part).astype(np.int32) for key, part in parts.items()}
+        save_file(picks, tmp_path / f"rank{rank}_raw.safetensors")
+        counts = {key: np.bincount(part.ravel(), minlength=16) for key, part in picks.items()}
+        save_file(counts, tmp_path / f"rank{rank}.safetensors")
+
+    def counted(path, framework):
+        opened.append(path)
+        return safe_open(path, framework=framework)
+
+    monkeypatch.setattr("profiler.importers.tensorrt_llm.safe_open", counted)
+    monkeypatch.setattr("profiler.importers.tensorrt_llm._ITERATIONS_TOGETHER", 3)
+    assert imported(read_tensorrt_llm(tmp_path), tmp_path).num_tokens == 70
+    assert max(opened.count(path) for path in opened) <= 5
+    for rank in range(2):
+        (tmp_path / f"rank{rank}_raw.safetensors").unlink()
+    profile = imported(read_tensorrt_llm(tmp_path), tmp_path)
+    assert (profile.counts.load[0] == [np.bincount(layer.ravel(), minlength=16) for layer in ids]).all()
+    assert profile.num_tokens == 70
+
+
 @given(traces(), st.booleans(), st.booleans())
 def test_megatron_traces_come_back(folder, spec_and_trace, same_tokens, recomputed):
     spec, trace = spec_and_trace
@@ -398,6 +425,17 @@ def test_repeats_are_found_wherever_tokens_are_cut(rows, cuts):
         if row == 2 or row not in (rows[place - 1 : place] + rows[place + 1 : place + 2])
     ]
     assert (np.concatenate([kinds[:, :0], *kept], axis=1) == kinds[:, [rows[place] for place in expected]]).all()
+
+
+@pytest.mark.parametrize("counts", [{"prompt_tokens": -23}, {"prompt_tokens": -20, "completion_tokens": 1}])
+def test_negative_token_counts_are_passed_over(tmp_path, counts):
+    ids = random_ids(0, 2, 20, 16, 4).transpose(1, 0, 2)
+    meta = {"completion_tokens": 4, **counts, "routed_experts": encode_int32(ids)}
+    (tmp_path / "r.jsonl").write_text(json.dumps({"meta_info": meta}))
+    with pytest.raises(CoterieError, match="whose shape it does not say; give --model, or --num-hidden-layers"):
+        read_sglang([tmp_path / "r.jsonl"], Known(top_k=4))
+    known = Known(top_k=4, num_hidden_layers=2)
+    assert imported(read_sglang([tmp_path / "r.jsonl"], known), tmp_path).num_tokens == 20
 
 
 def test_the_model_says_the_shape(tmp_path):

@@ -13,9 +13,12 @@ import torch
 import transformers
 from tiny_models import CONFIGS, tiny_model
 from torch import nn
+from transformers import AutoConfig
+from transformers.integrations.finegrained_fp8 import FP8Experts
+from transformers.integrations.mxfp4 import Mxfp4GptOssExperts
 
 from profiler import CoterieError, Recorder
-from profiler.families import FAMILIES, find_moe_layers, read_spec
+from profiler.families import FAMILIES, find_moe_layers, packed_shape, read_spec
 
 DOCUMENT = Path(__file__).parents[1] / "docs" / "families.md"
 
@@ -240,6 +243,23 @@ class Experts(nn.Module):
 
     def forward(self, hidden_states, top_k_index, top_k_weights):
         return hidden_states
+
+
+def test_sizes_of_experts_of_4_bits():
+    """Two values a byte along the dimension that is summed over."""
+    sizes = {"num_local_experts": 8, "hidden_size": 256, "intermediate_size": 128, "moe_intermediate_size": 128}
+    with torch.device("meta"):
+        for dtype in ("fp4", "fp8"):
+            config = AutoConfig.for_model("minimax_m2", **sizes)
+            assert packed_shape(FP8Experts(config, expert_dtype=dtype)) == (8, 256, 128)
+        assert packed_shape(Mxfp4GptOssExperts(AutoConfig.for_model("gpt_oss", **sizes))) == (8, 256, 128)
+
+
+def test_weights_that_do_not_fit_each_other_are_refused():
+    experts = Experts()
+    experts.down_proj = nn.Parameter(torch.zeros(4, 7, 5))
+    with pytest.raises(CoterieError, match="^Experts keeps its experts in a way.*register_family"):
+        packed_shape(experts)
 
 
 @pytest.mark.parametrize("other", [{"num_experts": 8}, {"top_k": 1}])

@@ -56,6 +56,18 @@ def test_all_ones_are_no_expert_or_asked_for(arrays, tmp_path):
         assert profile.tokens.picked.sum() == 50 * 3 * 4 - 1
 
 
+@pytest.mark.parametrize("dtype", [np.int8, np.int16])
+def test_the_highest_number_with_a_sign_is_an_expert(arrays, tmp_path, dtype):
+    ids, highest = arrays["topk_ids"].astype(dtype), np.iinfo(dtype).max
+    ids[3, 1, 2], ids[4, 1, 2] = highest, -1
+    np.save(tmp_path / "routing.npy", ids)
+    with pytest.raises(CoterieError, match=rf"layer 1: expert {highest}, must be below 16"):
+        read_arrays(tmp_path / "routing.npy", Known(num_experts=16))
+    if dtype == np.int8:
+        profile = read_arrays(tmp_path / "routing.npy")
+        assert (profile.model.num_experts, profile.tokens.picked.sum()) == (128, 50 * 3 * 4 - 1)
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [

@@ -8,9 +8,11 @@ import numpy as np
 import pytest
 import torch
 from conftest import tiny_model
+from tiny_models import CONFIGS
 
 from profiler import CoterieError, zoo
 from profiler.documents import Document, read_documents
+from profiler.importers.known import Known
 from profiler.loading import load_model, read_shape
 from profiler.profile import Profile
 from profiler.profiling import profile_model
@@ -76,6 +78,7 @@ def test_the_cpu_is_known_by_its_number_too():
         ({"device_map": {"model": "disk"}}, "cannot be loaded"),
         ({"dtype": "int3"}, "dtype 'int3': must be one of auto"),
         ({"device": "toaster"}, "device 'toaster': cannot be used"),
+        ({"device": "meta"}, "device 'meta': holds no weights"),
     ],
 )
 def test_odd_options_are_refused(options, message, tmp_path, monkeypatch):
@@ -83,6 +86,70 @@ def test_odd_options_are_refused(options, message, tmp_path, monkeypatch):
     with pytest.raises(CoterieError, match=message):
         load_model(None, **options)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.fixture(scope="module")
+def vision(tmp_path_factory):
+    """A tiny random vision-language model with the embedded model's tokenizer."""
+    from transformers import AutoModelForImageTextToText, AutoTokenizer, Qwen3VLMoeConfig
+
+    path = tmp_path_factory.mktemp("vision")
+    tokenizer = AutoTokenizer.from_pretrained(zoo.MODEL)
+    text = {**CONFIGS["qwen3_vl_moe_text"], "vocab_size": len(tokenizer)}
+    text["rope_parameters"] = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [1, 1, 2]}
+    image = {"depth": 1, "hidden_size": 32, "intermediate_size": 16, "num_heads": 2, "out_hidden_size": 32}
+    config = Qwen3VLMoeConfig(text_config=text, vision_config={**image, "deepstack_visual_indexes": [0]})
+    AutoModelForImageTextToText.from_config(config).save_pretrained(path)
+    tokenizer.save_pretrained(path)
+    return str(path)
+
+
+def test_the_text_model_of_a_vision_language_model_is_recorded(vision, tmp_path):
+    loaded = load_model(vision, "cpu")
+    sizes = {"max_tokens": 100, "batch_size": 2, "sequence_length": 32}
+    stored = profile_model(loaded, read_documents([zoo.CALIBRATION]), tmp_path / "run", decode_tokens=2, **sizes)
+    assert (stored.model.layer_ids, stored.model.num_experts, stored.model.top_k) == ((0, 1), 8, 2)
+    assert stored.num_tokens > 100
+    assert read_shape(vision) == stored.model
+
+
+def test_models_that_are_not_loaded_here_are_named(tmp_path):
+    tiny_model("switch_transformers").save_pretrained(tmp_path)
+    with pytest.raises(CoterieError, match=r"SwitchTransformersConfig is not loaded here; .*profiler\.Recorder"):
+        load_model(str(tmp_path), "cpu", with_tokenizer=False)
+    assert read_shape(str(tmp_path)).layer_ids == (1, 3)
+
+
+def test_hidden_layers_are_those_of_the_model(tmp_path):
+    """longcat_flash's config counts each of its layers twice."""
+    tiny_model("longcat_flash").config.save_pretrained(tmp_path)
+    known = Known.of_model(str(tmp_path))
+    assert (known.num_hidden_layers, known.layer_ids) == (2, (0, 1))
+
+
+@pytest.mark.parametrize("method", ["mxfp4", "fp8", None])
+def test_weights_whose_kernels_pass_hooks_by_are_unpacked(method, tmp_path, monkeypatch):
+    from transformers import AutoModelForCausalLM
+
+    model = tiny_model("gpt_oss")
+    model.config.save_pretrained(tmp_path)
+    if method:
+        config = json.loads((tmp_path / "config.json").read_text()) | {"quantization_config": {"quant_method": method}}
+        (tmp_path / "config.json").write_text(json.dumps(config))
+    given = []
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", lambda *_, **options: given.append(options) or model)
+    load_model(str(tmp_path), "cpu", with_tokenizer=False)
+    quantization = given[0].get("quantization_config")
+    assert quantization.dequantize if method == "mxfp4" else quantization is None
+
+
+def test_a_folder_goes_by_its_own_name_wherever_one_stands(tmp_path, monkeypatch):
+    tiny_model("olmoe").save_pretrained(tmp_path / "models" / "tiny")
+    (tmp_path / "mine").symlink_to(tmp_path / "models" / "tiny")
+    monkeypatch.chdir(tmp_path / "models" / "tiny")
+    for path, name in ((".", "tiny"), ("../tiny/.", "tiny"), ("../../mine/", "mine")):
+        assert load_model(path, "cpu", with_tokenizer=False).name == name
+        assert read_shape(path).name == name
 
 
 def test_a_model_that_is_larger_than_the_device_can_be_spread(monkeypatch):

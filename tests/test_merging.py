@@ -69,7 +69,7 @@ def test_counts_only_profiles_merge_with_their_like(tmp_path):
     spec = make_spec(1, 8, 2)
     for name, kept in (("1", 0), ("2", 0), ("3", None)):
         writer = ProfileWriter(tmp_path / name, spec, DOMAINS, max_traced_tokens=kept)
-        writer.add(make_trace(random_ids(0, 1, 40, 8, 2)))
+        writer.add(make_trace(random_ids(int(name), 1, 40, 8, 2)))
         writer.finish({})
     assert merge([tmp_path / "1", tmp_path / "2"], tmp_path / "merged").num_tokens == 80
     with pytest.raises(CoterieError, match="holds counts only"):
@@ -81,7 +81,7 @@ def test_what_loads_alone_cannot_tell_stays_known(tmp_path):
     spec, seen = make_spec(1, 8, 2), {"cannot_tell": ["co-activation"], "to_get_tokens": "record with --all"}
     for name, provenance in (("1", seen), ("2", seen), ("3", {})):
         writer = ProfileWriter(tmp_path / name, spec, DOMAINS, max_traced_tokens=0)
-        writer.add(make_trace(random_ids(0, 1, 40, 8, 2)))
+        writer.add(make_trace(random_ids(int(name), 1, 40, 8, 2)))
         writer.finish(provenance)
     provenance = merge([tmp_path / "1", tmp_path / "2"], tmp_path / "merged").provenance
     assert {key: provenance[key] for key in seen} == seen
@@ -89,6 +89,21 @@ def test_what_loads_alone_cannot_tell_stays_known(tmp_path):
         CoterieError, match="cannot merge .*1, which holds loads only, with profiles that hold co-activation"
     ):
         merge([tmp_path / "1", tmp_path / "3"], tmp_path / "mixed")
+
+
+def test_no_token_is_counted_twice(tmp_path):
+    for number in (1, 2):
+        trace = make_trace(random_ids(number, 1, 40, 8, 2))
+        Profile.from_tokens(make_spec(1, 8, 2), DOMAINS, trace, {}).save(tmp_path / str(number))
+    both = merge([tmp_path / "1", tmp_path / "2"], tmp_path / "both")
+    whole = Profile.load_from(tmp_path / "1")
+    for name, half in zip(("even", "odd"), whole.split_by_sequence(), strict=True):
+        replace(half, provenance={"made_from": [whole.digest]}).save(tmp_path / name)
+    for names in (("1", "1"), ("2", "1", "2"), ("1", "both"), ("both", "2"), ("odd", "1")):
+        with pytest.raises(CoterieError, match=r"^cannot merge .*, which has tokens of it .*; leave one out$"):
+            merge([tmp_path / name for name in names], tmp_path / "merged")
+    assert both.num_tokens == 80
+    assert merge([tmp_path / "even", tmp_path / "odd"], tmp_path / "merged").num_tokens == 40
 
 
 def test_different_models_and_too_many_domains_are_refused(tmp_path):

@@ -1,6 +1,8 @@
 """Profiles survive the disk, merge exactly, and refuse what was tampered with."""
 
+import itertools
 import json
+import tracemalloc
 from dataclasses import replace
 
 import numpy as np
@@ -8,6 +10,7 @@ import pytest
 from conftest import make_spec, make_trace, random_ids
 
 from profiler import CoterieError, Profile
+from profiler.drift import _sequence_counts
 from profiler.folder import header_digest
 
 
@@ -39,10 +42,12 @@ def test_saving_again_replaces(profile, tmp_path):
 
 def test_saving_again_never_deletes_other_files(profile, tmp_path):
     profile.save(tmp_path / "run.profile")
-    (tmp_path / "run.profile" / "plan.json").write_text("mine")
-    with pytest.raises(CoterieError, match="holds plan.json"):
-        profile.save(tmp_path / "run.profile")
-    assert (tmp_path / "run.profile" / "plan.json").read_text() == "mine"
+    for name in ("plan.json", "model.safetensors", "tokens-1.safetensors", ".plan.json.partial"):
+        (tmp_path / "run.profile" / name).write_text("mine")
+        with pytest.raises(CoterieError, match=f"holds {name}"):
+            profile.save(tmp_path / "run.profile")
+        assert (tmp_path / "run.profile" / name).read_text() == "mine"
+        (tmp_path / "run.profile" / name).unlink()
 
 
 def test_saving_never_replaces_something_else(profile, tmp_path):
@@ -58,10 +63,58 @@ def test_split_is_by_sequence_and_complete(profile):
     assert (even.counts.load + odd.counts.load == profile.counts.load).all()
 
 
+def of_sequences(*domains):
+    """A profile of sequences of 10 tokens, each of the domain given."""
+    trace = make_trace(random_ids(0, 2, 10 * len(domains), 16, 4), num_sequences=len(domains))
+    domain_ids = np.repeat(np.array(domains, dtype=np.uint8), 10)
+    names = [f"domain {number}" for number in range(max(domains) + 1)]
+    return Profile.from_tokens(make_spec(2, 16, 4), names, replace(trace, domain_ids=domain_ids), {})
+
+
+@pytest.mark.parametrize(
+    ("domains", "odd"),
+    [
+        ([0, 1] * 4, [1, 2, 5, 6]),  # in turn, one sequence a batch: every second one is all of domain 1
+        ([0, 1] * 2 + [0], [1, 2]),
+        ([2, 2, 2, 0, 0, 0, 0, 1], [1, 3, 5, 7]),  # in blocks
+        ([0, 0, 1, 1, 0, 0, 1], [1, 3, 5]),  # two a batch
+        ([0, 1, 2], [1]),
+    ],
+)
+def test_both_halves_hold_every_domain(domains, odd):
+    parts = of_sequences(*domains).split_by_sequence()
+    assert sorted(set(parts[1].tokens.sequence_ids.tolist())) == odd
+    for domain in set(domains):
+        halves = [len(np.unique(part.tokens.sequence_ids[part.tokens.domain_ids == domain])) for part in parts]
+        assert abs(halves[0] - halves[1]) <= 1
+    assert sum(part.num_tokens for part in parts) == 10 * len(domains)
+
+
 def test_split_needs_two_sequences():
     trace = make_trace(random_ids(0, 1, 10, 8, 2), num_sequences=1)
     with pytest.raises(CoterieError, match="1 sequence"):
         Profile.from_tokens(make_spec(1, 8, 2), ["a", "b"], trace, {}).split_by_sequence()
+
+
+@pytest.mark.parametrize("num_sequences", [1, 64, 2000])
+def test_sequences_are_counted_for_drift_in_little_memory(num_sequences):
+    rng = np.random.default_rng(0)
+    sequence_T = rng.permutation(np.arange(4 * num_sequences) % num_sequences)
+    experts_TK = np.where(rng.random((len(sequence_T), 8)) < 0.1, 64, random_ids(0, 1, len(sequence_T), 64, 8)[0])
+    tracemalloc.start()
+    load_SE, pairs_SX = _sequence_counts(experts_TK.astype(np.int64), sequence_T, num_sequences, 64)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    both = (experts_TK[:, :, None] < 64) & (experts_TK[:, None, :] < 64) & ~np.eye(8, dtype=bool)
+    per_token = both.sum(axis=(1, 2)) // 2
+    assert (load_SE.sum(axis=1) == np.bincount(sequence_T, weights=(experts_TK < 64).sum(axis=1))).all()
+    assert (pairs_SX.sum(axis=1) == np.bincount(sequence_T, weights=per_token)).all()
+    pairs = sorted(
+        tuple(sorted(pair)) for ids in experts_TK.tolist() for pair in itertools.combinations(ids, 2) if max(pair) < 64
+    )
+    assert pairs_SX.sum(axis=0).tolist() == [len(list(same)) for _, same in itertools.groupby(pairs)]
+    if num_sequences == 2000:
+        assert peak < 2 * pairs_SX.nbytes
 
 
 @pytest.mark.parametrize("name", ["profile.json", "counts.safetensors", "tokens-00000.safetensors"])

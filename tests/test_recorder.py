@@ -88,6 +88,48 @@ def test_masks_that_say_who_sees_whom_leave_nobody_out():
         assert counted.tolist() == [[True] * 3] * 2
 
 
+@pytest.mark.parametrize(
+    "mask",
+    [
+        {"sliding_attention": torch.tensor([[[[1, 0], [1, 1]]], [[[0, 0], [0, 1]]]]), "full_attention": None},
+        {"chunked_attention": torch.ones(2, 1, 2, 2), "linear_attention": torch.tensor([[1, 1], [0, 1]])},
+        {"sliding_attention": torch.zeros(2, 1, 2, 9), "full_attention": torch.tensor([[1, 1], [0, 1]])},
+    ],
+)
+def test_masks_of_other_kinds_of_layers_leave_padding_out(mask):
+    inputs = torch.zeros(2, 2, dtype=torch.long)
+    counted = inputs_and_mask((), {"input_ids": inputs, "attention_mask": mask})[1]
+    assert counted.tolist() == [[True, True], [False, True]]
+
+
+def test_a_mask_of_one_row_is_every_rows():
+    for mask in (torch.tensor([[0, 1, 1]]), torch.tensor([[[[0, 0, 0], [0, 1, 0], [0, 1, 1]]]])):
+        counted = inputs_and_mask((), {"input_ids": torch.zeros(2, 3, dtype=torch.long), "attention_mask": mask})[1]
+        assert counted.tolist() == [[False, True, True]] * 2
+
+
+def test_only_what_is_called_a_mask_is_one():
+    """The second argument of bert's forward is a mask, of others it may be anything."""
+    model, input_ids = tiny_model("olmoe"), torch.randint(3, 64, (2, 4))
+    plain = model.forward
+    with torch.no_grad(), Recorder(model) as recorder:
+        model.forward = lambda input_ids, _types, attention_mask=None: plain(input_ids, attention_mask)
+        model(input_ids, torch.zeros(2, 4, dtype=torch.long))
+        model(input_ids, torch.zeros(2, 4, dtype=torch.long), torch.tensor([[0, 1, 1, 1], [1, 1, 1, 1]]))
+        model.forward = lambda *args: plain(*args)
+        model(input_ids, torch.tensor([[0, 0, 1, 1], [1, 1, 1, 1]]))
+    assert np.bincount(recorder.trace().sequence_ids).tolist() == [4, 4, 3, 4, 2, 4]
+
+
+def test_sequences_packed_into_one_row_are_refused():
+    model, input_ids = tiny_model("olmoe"), torch.randint(3, 64, (1, 7))
+    with torch.no_grad(), Recorder(model) as recorder:
+        model(input_ids, cu_seq_lens_q=None)
+        with pytest.raises(CoterieError, match=r"packed into one row \(cu_seq_lens_q\).*run one sequence a row"):
+            model(input_ids, cu_seq_lens_q=torch.tensor([0, 3, 7]))
+    assert recorder.trace().num_tokens == 7
+
+
 @pytest.mark.parametrize("family", ["olmoe", "gpt_oss"])
 def test_static_caches_are_recorded_as_growing_ones(family):
     """They get masks of who sees whom as long as the whole cache; gpt_oss one for each kind of layer."""
@@ -154,6 +196,19 @@ def test_decoding_of_an_earlier_batch_is_not_filed_under_the_last_one():
         model(torch.randint(3, 64, (2, 5)), use_cache=True)
         model(torch.randint(3, 64, (2, 1)), past_key_values=cache)
     assert not set(recorder.trace().sequence_ids[-2:].tolist()) & {2, 3}
+
+
+def test_what_runs_between_two_blocks_is_not_gone_on_with():
+    model = tiny_model("olmoe")
+    texts, more = torch.randint(3, 64, (2, 8)), torch.randint(3, 64, (2, 1))
+    recorder = Recorder(model)
+    with torch.no_grad():
+        with recorder:
+            model(texts, use_cache=True)
+        cache = model(texts.flip(1), use_cache=True).past_key_values
+        with recorder:
+            model(more, past_key_values=cache)
+    assert recorder.trace().sequence_ids[-2:].tolist() == [2, 3]
 
 
 def test_hooks_are_gone_afterwards_even_after_an_error():
@@ -239,6 +294,20 @@ def test_rows_that_have_ended_are_left_out():
     assert 1 in decoded
 
 
+@pytest.mark.parametrize("whole", [True, False])
+def test_ends_that_only_generate_is_told(whole):
+    model = tiny_model("olmoe")
+    prompt = torch.tensor([[5, 6, 7], [8, 9, 10]])
+    with torch.no_grad():
+        first = int(model(input_ids=prompt[:1]).logits[0, -1].argmax())
+    for ends, decoded in ((None, [0, 1]), ([first], [1])):
+        with Recorder(model if whole else model.model, ends=ends) as recorder:
+            options = {"eos_token_id": first, "pad_token_id": first, "max_new_tokens": 6}
+            model.generate(prompt, attention_mask=torch.ones_like(prompt), **options)
+        trace = recorder.trace()
+        assert sorted(set(trace.sequence_ids[trace.phase == DECODE].tolist())) == decoded
+
+
 def test_a_router_that_gives_no_numbers_is_named():
     model = tiny_model("mixtral")
     with torch.no_grad():
@@ -253,9 +322,17 @@ def test_a_router_that_gives_no_numbers_is_named():
 def test_a_layer_that_never_runs_is_named():
     model = tiny_model("olmoe")
     model.model.layers[1].forward = lambda hidden_states, **_: hidden_states
-    message = r"layers\.1\..*announced nothing, expected top-2 of 4 tokens"
+    message = r"layers\.1\..*announced nothing, expected top-2 of 4 tokens: .* torch\.compile \(record without it\)"
     with torch.no_grad(), Recorder(model), pytest.raises(CoterieError, match=message):
         model(input_ids=torch.randint(3, 64, (1, 4)))
+
+
+def test_a_layer_that_runs_twice_in_a_pass_is_named():
+    model = tiny_model("olmoe")
+    model.model.layers.append(model.model.layers[0])
+    model.config.num_hidden_layers = 3
+    with torch.no_grad(), Recorder(model), pytest.raises(CoterieError, match=r"layers\.0\..* ran twice in one pass"):
+        model(input_ids=torch.randint(3, 64, (1, 4)), use_cache=False)
 
 
 def test_an_encoder_and_a_decoder_are_recorded_apart():

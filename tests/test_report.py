@@ -190,7 +190,7 @@ def test_parts_of_what_a_plan_was_made_with_count_as_seen(profile, planned, tmp_
             cli.main()
     part = Profile.load_from(tmp_path / "parts" / "code.profile")
     assert insight_of(part, planned).seen
-    merge([tmp_path / "run.profile", tmp_path / "parts" / "code.profile"], tmp_path / "both.profile")
+    merge([tmp_path / "parts" / f"{name}.profile" for name in ("code", "prose")], tmp_path / "both.profile")
     assert insight_of(Profile.load_from(tmp_path / "both.profile"), planned).seen
     assert insight_of(profile, planned, held_out=part).seen
 

@@ -1,6 +1,7 @@
 """A profile written bit by bit is the one written at once, whatever kills the run on the way."""
 
 import errno
+import hashlib
 import os
 import shutil
 import signal
@@ -12,9 +13,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from conftest import make_spec, make_trace, random_ids
 from hypothesis import given
 from hypothesis import strategies as st
+from safetensors.numpy import load as parse_safetensors
+from safetensors.numpy import save as to_safetensors
 
 import profiler.files
 from profiler import CoterieError, Profile, ProfileWriter, zoo
@@ -23,8 +27,8 @@ from profiler.documents import read_documents
 from profiler.folder import open_profile
 from profiler.loading import load_model
 from profiler.profiling import profile_model
-from profiler.trace import RowSketch
-from profiler.writer import Reservoir, unfinished_folder
+from profiler.trace import RowSketch, TokenTrace
+from profiler.writer import Reservoir, discard_unfinished, unfinished_folder
 
 SPEC = make_spec(2, 16, 4)
 TRACE = make_trace(random_ids(0, 2, 1000, 16, 4), num_sequences=20)
@@ -75,10 +79,45 @@ def test_killed_anywhere_and_resumed_ends_with_the_same_bytes(
     whole.finish({})
     killed = ProfileWriter(folder / "killed", SPEC, DOMAINS, **options)
     feed(killed, range(killed_at), checkpoint_every)
+    killed.close()  # as the end of its process would
     resumed = ProfileWriter(folder / "killed", SPEC, DOMAINS, resume=True, **options)
     feed(resumed, checkpoint_every=checkpoint_every)
     resumed.finish({})
     assert contents(folder / "killed") == contents(folder / "whole")
+
+
+def test_a_run_that_is_at_work_is_left_alone(tmp_path):
+    writer = ProfileWriter(tmp_path / "run", SPEC, DOMAINS)
+    for steps in (range(1, 5), range(5, 10)):  # before its first checkpoint and after it
+        feed(writer, steps, checkpoint_every=5)
+        for resume in (False, True):
+            with pytest.raises(CoterieError, match=r"run\.partial: another run is writing there; wait .* another name"):
+                ProfileWriter(tmp_path / "run", SPEC, DOMAINS, resume=resume)
+        discard_unfinished(tmp_path / "run")
+    assert writer.finish({}).num_tokens == 9 * 37
+    ProfileWriter(tmp_path / "run", SPEC, DOMAINS).discard()
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]
+
+
+def test_folders_that_cannot_be_locked_are_written_all_the_same(tmp_path, monkeypatch):
+    def refuse(*_):
+        raise OSError(errno.EBADF, os.strerror(errno.EBADF))  # of a folder on NFS
+
+    monkeypatch.setattr("profiler.files.fcntl.flock", refuse)
+    writer = ProfileWriter(tmp_path / "run", SPEC, DOMAINS)
+    feed(writer)
+    assert writer.finish({}).num_tokens == 1000
+
+
+def test_many_small_passes_take_no_longer_each(tmp_path, monkeypatch):
+    """Each is looked at a few times, however many came before it."""
+    parts, looks, num_tokens = [TRACE.where(slice(1))] * 400, [], TokenTrace.num_tokens.fget
+    writer = ProfileWriter(tmp_path / "run", SPEC, DOMAINS)
+    monkeypatch.setattr("profiler.writer.TOKENS_PER_SHARD", 10_000)
+    monkeypatch.setattr(TokenTrace, "num_tokens", property(lambda trace: looks.append(0) or num_tokens(trace)))
+    for part in parts:
+        writer.add(part)
+    assert len(looks) < 20 * len(parts)
 
 
 def test_an_unfinished_run_is_not_overwritten(tmp_path):
@@ -95,6 +134,22 @@ def test_only_the_same_run_may_go_on(tmp_path):
         ProfileWriter(tmp_path / "run", SPEC, DOMAINS, run={"sequence_length": 512}, resume=True)
     with pytest.raises(CoterieError, match="domains was"):
         ProfileWriter(tmp_path / "run", SPEC, ["prose", "verse"], run={"sequence_length": 256}, resume=True)
+
+
+@pytest.mark.parametrize("harm", [{"pending.spare": np.zeros(3)}, {"tally.load": None}, {"note": b"[]"}])
+def test_checkpoints_of_another_version_are_refused(tmp_path, harm):
+    feed(ProfileWriter(tmp_path / "run", SPEC, DOMAINS), range(5))
+    path = unfinished_folder(tmp_path / "run") / "checkpoint"
+    arrays = parse_safetensors(path.read_bytes()[32:])
+    for name, value in harm.items():
+        arrays[name] = np.frombuffer(value, dtype=np.uint8) if isinstance(value, bytes) else value
+    data = to_safetensors({name: array for name, array in arrays.items() if array is not None})
+    path.write_bytes(hashlib.sha256(data).digest() + data)
+    with pytest.raises(
+        CoterieError, match="checkpoint: written by another version of coterie .*; go on with"
+    ) as caught:
+        ProfileWriter(tmp_path / "run", SPEC, DOMAINS, resume=True)
+    assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize("name", ["checkpoint", "tokens-00001.safetensors"])
@@ -132,10 +187,23 @@ def test_a_full_disk_is_one_line_and_keeps_what_was_complete(tmp_path, monkeypat
             CoterieError, match=r"(safetensors|checkpoint): cannot be written \(No space left.*free some"
         ):
             feed(writer, checkpoint_every=13)
+    writer.close()
     resumed = ProfileWriter(tmp_path / "run", SPEC, DOMAINS, resume=True)
     assert resumed.position == {"step": 10}
     feed(resumed)
     assert resumed.finish({}).num_tokens == 1000
+
+
+def test_a_disk_that_fails_is_not_called_full(tmp_path, monkeypatch):
+    writer = ProfileWriter(tmp_path / "run", SPEC, DOMAINS)
+    feed(writer, range(10), checkpoint_every=20)
+
+    def fail(_descriptor):
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr(profiler.files.os, "fsync", fail)
+    with pytest.raises(CoterieError, match=r"tokens-00000.* \(Input/output error\); give a writable path to -o"):
+        writer.checkpoint({})
 
 
 def test_a_full_disk_at_the_end_keeps_the_run(tmp_path, monkeypatch):
@@ -268,6 +336,30 @@ def test_other_weights_do_not_go_on(tmp_path, monkeypatch):
     assert profile_model(loaded, documents, out, resume=True, **sizes).num_tokens == 500
 
 
+@pytest.mark.parametrize("change", ["dtype", "config"])
+def test_another_dtype_or_config_is_another_run(tmp_path, change):
+    documents, sizes = read_documents([zoo.HELD_OUT]), {"max_tokens": 100, "sequence_length": 50, "batch_size": 2}
+    out, loaded = tmp_path / "run", load_model(None, "cpu")
+    first = profile_model(loaded, documents, out, **sizes)
+    assert profile_model(loaded, documents, out, resume=True, **sizes).provenance == first.provenance
+    if change == "dtype":
+        loaded.model.bfloat16()
+    else:
+        loaded.model.config.rms_norm_eps = 0.1
+    second = profile_model(loaded, documents, out, resume=True, **sizes)
+    assert {key for key in first.provenance if first.provenance[key] != second.provenance[key]} - {"created"} == {
+        change
+    }
+
+
+def test_logits_that_are_no_numbers_cannot_be_decoded(tmp_path):
+    loaded, documents = load_model(None, "cpu"), read_documents([zoo.HELD_OUT])
+    loaded.model.lm_head.register_forward_hook(lambda _module, _args, output: output * torch.nan)
+    sizes = {"max_tokens": 100, "sequence_length": 50, "batch_size": 2}
+    with pytest.raises(CoterieError, match=r"no finite numbers .* torch.float32.*; give another --dtype"):
+        profile_model(loaded, documents, tmp_path / "run", decode_tokens=2, **sizes)
+
+
 def test_decoding_is_the_models_own_whatever_its_generation_config_says(tmp_path):
     loaded, documents = load_model(None, "cpu"), read_documents([zoo.HELD_OUT])
     sizes = {"max_tokens": 100, "sequence_length": 20, "batch_size": 3, "decode_tokens": 3}
@@ -285,12 +377,14 @@ def test_decoding_is_the_models_own_whatever_its_generation_config_says(tmp_path
 def test_going_on_keeps_what_others_put_there(tmp_path):
     feed(ProfileWriter(tmp_path / "run", SPEC, DOMAINS), range(5))
     (unfinished_folder(tmp_path / "run") / "mine").mkdir()
-    (unfinished_folder(tmp_path / "run") / "mine.txt").write_text("mine")
+    for name in ("mine.txt", "weights.safetensors", ".mine.partial"):
+        (unfinished_folder(tmp_path / "run") / name).write_text("mine")
     resumed = ProfileWriter(tmp_path / "run", SPEC, DOMAINS, resume=True)
     feed(resumed)
     assert resumed.finish({}).num_tokens == 1000
     assert (tmp_path / "run" / "mine").is_dir()
-    assert (tmp_path / "run" / "mine.txt").read_text() == "mine"
+    for name in ("mine.txt", "weights.safetensors", ".mine.partial"):
+        assert (tmp_path / "run" / name).read_text() == "mine"
     assert not (tmp_path / "run" / "checkpoint").exists()
 
 
@@ -352,6 +446,7 @@ def test_what_a_killed_import_left_is_no_recording_to_go_on_with(tmp_path):
     writer = ProfileWriter(tmp_path / "run", SPEC, DOMAINS)
     writer.add(TRACE)
     assert [path.suffix for path in unfinished_folder(tmp_path / "run").iterdir()].count(".safetensors") > 0
+    writer.close()  # as the end of its process would
     again = ProfileWriter(tmp_path / "run", SPEC, DOMAINS)
     feed(again)
     assert again.finish({}).num_tokens == 1000

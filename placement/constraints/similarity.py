@@ -22,7 +22,7 @@ from placement.constraints.routers import find_routers
 from profiler.errors import CoterieError
 from profiler.families import read_spec
 from profiler.files import write_bytes
-from profiler.recorder import inputs_and_mask
+from profiler.recorder import by_name, inputs_and_mask
 from profiler.spec import MoESpec
 
 SCHEMA_VERSION = 1
@@ -142,7 +142,7 @@ class RouterSimilarity:
         return SimilarityTable(self._spec, np.stack(sums), int(self._num_tokens))
 
     def _before_forward(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        inputs, mask = inputs_and_mask(args, kwargs)
+        inputs, mask = inputs_and_mask(args[:1], by_name(module.forward, args, kwargs))
         self._keep = mask[:, -inputs.shape[1] :].flatten()
         self._num_tokens = self._num_tokens + self._keep.sum()
 

@@ -1,1 +1,1 @@
-"""Routing that was recorded elsewhere, one source a file."""
+"""Routing that was recorded elsewhere, one source a file. Runs no engine and no model."""

@@ -1,4 +1,4 @@
-"""Routing kept as numpy arrays: `.npz`, or `.npy` with `topk_ids` alone."""
+"""Routing kept as numpy arrays: `.npz`, or `.npy` with `topk_ids` alone. Knows no engine, and unpickles nothing."""
 
 from __future__ import annotations
 
@@ -104,8 +104,9 @@ def _to_profile(arrays: Mapping[str, npt.NDArray[Any]], known: Known, decode: bo
     ids_LTK = np.empty((num_layers, num_tokens, top_k), dtype=narrow)
     for layer, layer_id in enumerate(spec.layer_ids):
         ids_TK = ids_TLK[:, layer]
-        # All ones in the file's own type mean no expert, as in a profile.
-        none = (ids_TK < 0) | ((ids_TK == np.iinfo(ids_TK.dtype).max) & (np.iinfo(ids_TK.dtype).max >= num_experts))
+        # All ones in the file's own type mean no expert, as in a profile; with a sign they are -1.
+        all_ones = int(np.iinfo(ids_TK.dtype).max) if ids_TK.dtype.kind == "u" else -1
+        none = (ids_TK < 0) | ((ids_TK == all_ones) & (all_ones >= num_experts))
         if (ids_TK[~none] >= num_experts).any():
             worst = int(ids_TK[~none].max())
             raise CoterieError(f"topk_ids of layer {layer_id}: expert {worst}, must be below {num_experts}")

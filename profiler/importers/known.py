@@ -46,8 +46,7 @@ class Known:
         """
         from profiler.loading import read_shape  # torch takes seconds, and not every import needs it
 
-        spec, num_hidden_layers = read_shape(model)
-        return cls(**{**spec.to_json(), "num_hidden_layers": num_hidden_layers})
+        return cls(**read_shape(model).to_json())
 
     def to_spec(
         self, name: str, layer_ids: Collection[int], top_k: int, num_experts: int | None, highest_id: int = -1

@@ -1,4 +1,5 @@
 """TensorRT-LLM's load balancer file: which expert each slot of each layer holds. Read for recordings and as a map.
+Knows neither ranks nor tokens.
 
 Checked against class `MoeLoadBalancerConfig` (`tensorrt_llm/llmapi/llm_args.py`), which takes no other key.
 """

@@ -1,4 +1,5 @@
 """What Megatron-LM records with --moe-routing-trace-path: a JSON line for each step, layer and forward call.
+Knows no other source, and writes no profile: `recording.py` does.
 
 Checked against `megatron/core/transformer/moe/router_trace.py` of its repository (2026, schema with `block` and
 `mtp_idx`).  Each rank writes `router_trace_rank{r}.jsonl`.  Tensor-parallel ranks record the same tokens, or a slice

@@ -20,7 +20,7 @@ from profiler.folder import StoredProfile
 from profiler.profile import Profile
 from profiler.spec import MoESpec
 from profiler.trace import DECODE, PREFILL, TokenTrace, has_plenty_of_rows, ids_dtype
-from profiler.writer import ProfileWriter, discard_unfinished
+from profiler.writer import ProfileWriter
 
 TOKENS_TOGETHER = 8_192
 """Passes of few tokens are written together: decoding one sequence would cost a call for each token."""
@@ -69,7 +69,7 @@ def write_recording(recording: Recording, out: Path) -> StoredProfile:
             writer.add(trace)
         rows, num_tokens, dropped = writer.dummy_rows(), writer.num_tokens, 0
         if len(rows):
-            discard_unfinished(out)
+            writer.discard()
             writer = ProfileWriter(out, recording.model, recording.domains)
             for trace in _without_repeats(_together(recording.traces()), rows):
                 writer.add(trace)
@@ -79,7 +79,7 @@ def write_recording(recording: Recording, out: Path) -> StoredProfile:
         left_out = {**recording.provenance, "dummy_tokens_dropped": dropped}
         return writer.finish({name: value for name, value in left_out.items() if value != 0})
     except BaseException:
-        discard_unfinished(out)
+        writer.discard()
         raise
 
 

@@ -1,4 +1,5 @@
 """Routed experts in the JSON responses of a server, as SGLang and vLLM return them with each request.
+What the base64 in them holds it does not know: `sglang.py` and `vllm.py` decode it.
 
 Both give every hidden layer, and zeros for those without experts.  The last token of a response was never run.
 """
@@ -202,7 +203,7 @@ def _find(value: Any, where: str, response: int, usage: dict[str, Any], depth: i
         of_one_or_all = "completion_tokens" if len(choices) == 1 else "of_all_choices"
         usage = {"prompt_tokens": totals.get("prompt_tokens"), of_one_or_all: totals.get("completion_tokens")}
     if isinstance(value.get("routed_experts"), str):
-        own = {key: number for key, number in {**usage, **value}.items() if type(number) is int}
+        own = {key: number for key, number in {**usage, **value}.items() if type(number) is int and number >= 0}
         prompt, completion, of_all = (own.get(k) for k in ("prompt_tokens", "completion_tokens", "of_all_choices"))
         if isinstance(value.get("token_ids"), list):  # of vLLM's choices
             completion = len(value["token_ids"])

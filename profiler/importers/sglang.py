@@ -1,4 +1,5 @@
 """What SGLang records: .pt files of its expert distribution recorder, and routed experts in its responses.
+Knows no other engine, and opens no file itself.
 
 Checked against the code of SGLang 0.5.6.post2 and 0.5.23: `srt/eplb/expert_distribution.py` writes the .pt files,
 `srt/state_capturer/routed_experts.py` (0.5.23) fills the responses.  A .pt file is read with `weights_only`: plain

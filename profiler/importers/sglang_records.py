@@ -1,4 +1,5 @@
 """The .pt files of SGLang's expert distribution recorder, and what the records of several ranks say together.
+Knows nothing of SGLang's responses, and builds no recording.
 
 For `sglang.py`, which says what was checked against which version.
 """

@@ -1,4 +1,5 @@
 """What TensorRT-LLM records where EXPERT_STATISTIC_ITER_RANGE is set: counts by iteration and layer.
+Knows no other engine, and no sequences: what a rank picks in an iteration counts as one.
 
 Checked against `tensorrt_llm/_torch/expert_statistic.py` and `examples/wide_ep/ep_load_balancer/utils.py` of its
 repository (1.x).  The folder (EXPERT_STATISTIC_PATH) has `meta_info.json` and `rank{r}.safetensors`, with counts under
@@ -29,7 +30,10 @@ from profiler.trace import TokenTrace
 
 TO_GET_TOKENS = "TensorRT-LLM counts only; record them with SGLang, vLLM or `coterie profile`"
 
+_ITERATIONS_TOGETHER = 64
+
 Key = tuple[int, int]  # iteration, layer
+Files = Mapping[Path, Any]  # opened
 
 
 def read_tensorrt_llm(
@@ -66,7 +70,7 @@ def read_tensorrt_llm(
         raise CoterieError(
             f"{folder}: holds no rank0.safetensors; the range of iterations was not reached, record longer"
         )
-    keys = {path: set(_keys(path)) for path in counts}
+    keys = _keys(counts)
     all_layers = sorted({layer for of_rank in keys.values() for _, layer in of_rank})
     if not all_layers:
         raise CoterieError(f"{folder}: holds no counts; record while requests are served")
@@ -83,31 +87,42 @@ def read_tensorrt_llm(
     if len(layers) < len(all_layers):
         provenance["layers_left_out"] = all_layers[len(layers) :]
     iterations = sorted({iteration for of_rank in keys.values() for iteration, _ in of_rank})
-    passes = np.zeros((len(iterations), len(layers), num_experts), dtype=np.int64)
-    copies = 0
-    for number, iteration in enumerate(iterations):
-        different: dict[bytes, npt.NDArray[np.int64]] = {}
-        for path in counts:
-            slots_LP = np.zeros((len(layers), num_slots), dtype=np.int64)
-            for place, layer in enumerate(layers):
-                if (iteration, layer) in keys[path]:
-                    slots_LP[place] = _read(path, (iteration, layer), (num_slots,))
-            if slots_LP.min() < 0:
-                raise CoterieError(f"{path}: a count of {slots_LP.min()} in iteration {iteration}; record again")
-            copies += slots_LP.tobytes() in different
-            different[slots_LP.tobytes()] = slots_LP
-        total_LP = np.sum(list(different.values()), axis=0)
-        np.add.at(passes[number], (np.arange(len(layers))[:, None], expert_of_slot), total_LP)
+    load_LE, tokens, dummies, copies = np.zeros((len(layers), num_experts), dtype=np.int64), 0, 0, 0
+    with _opened(counts) as files:
+        for start in range(0, len(iterations), _ITERATIONS_TOGETHER):
+            together = iterations[start : start + _ITERATIONS_TOGETHER]
+            passes = np.zeros((len(together), len(layers), num_experts), dtype=np.int64)
+            for number, iteration in enumerate(together):
+                total_LP, same = _sum_of_ranks(files, keys, iteration, layers, num_slots)
+                copies += same
+                np.add.at(passes[number], (np.arange(len(layers))[:, None], expert_of_slot), total_LP)
+            load, counted, dummy = count_passes(passes, top_k)
+            load_LE, tokens, dummies = load_LE + load, tokens + counted, dummies + dummy
     if copies:
         provenance["records_of_the_same_tokens"] = copies
     if raw and set(_numbers(raw)) == set(_numbers(counts)) and _all_there(raw, counts, keys, layers):
         return _of_tokens(raw, model, expert_of_slot, iterations, domain, decode, provenance)
     if raw:
         provenance["raw_files"] = "passed over: they hold fewer tokens than were counted, or a rank's some layers only"
-    load_LE, tokens, dummies = count_passes(passes, top_k)
     if dummies:
         provenance["dummy_tokens_dropped"] = dummies
     return of_loads(model, domain, load_LE, tokens, provenance, TO_GET_TOKENS)
+
+
+def _sum_of_ranks(
+    files: Files, keys: Mapping[Path, set[Key]], iteration: int, layers: list[int], num_slots: int
+) -> tuple[npt.NDArray[np.int64], int]:
+    """Counts of one iteration, (L, P), and how many ranks recorded the same tokens as another."""
+    different: dict[bytes, npt.NDArray[np.int64]] = {}
+    for path, its_keys in keys.items():
+        slots_LP = np.zeros((len(layers), num_slots), dtype=np.int64)
+        for place, layer in enumerate(layers):
+            if (iteration, layer) in its_keys:
+                slots_LP[place] = _read(files, path, (iteration, layer), (num_slots,))
+        if slots_LP.min() < 0:
+            raise CoterieError(f"{path}: a count of {slots_LP.min()} in iteration {iteration}; record again")
+        different[slots_LP.tobytes()] = slots_LP
+    return np.sum(list(different.values()), axis=0), len(keys) - len(different)
 
 
 def _of_ranks(folder: Path, pattern: str) -> list[Path]:
@@ -120,27 +135,43 @@ def _numbers(paths: list[Path]) -> list[str]:
 
 
 @contextlib.contextmanager
-def _opened(path: Path) -> Iterator[Any]:
+def _opened(paths: list[Path]) -> Iterator[Files]:
+    """Each file opened once: its header names thousands of tensors."""
+    with contextlib.ExitStack() as stack:
+        files = {}
+        for path in paths:
+            with _named(path):
+                files[path] = stack.enter_context(safe_open(path, framework="numpy"))
+        yield files
+
+
+@contextlib.contextmanager
+def _named(path: Path) -> Iterator[None]:
+    """What goes wrong with a file is told in one line."""
     try:
-        with safe_open(path, framework="numpy") as file:
-            yield file
+        yield
     except (OSError, SafetensorError, TypeError, ValueError, AttributeError) as error:
         raise CoterieError(f"{path}: truncated, or no file of TensorRT-LLM ({error}); record again") from error
 
 
-def _keys(path: Path) -> list[Key]:
-    with _opened(path) as file:
-        matches = [re.fullmatch(r"(\d{1,9})_(\d{1,9})", name) for name in file.keys()]  # noqa: SIM118 (no mapping)
-    if not all(matches):
-        raise CoterieError(f"{path}: holds other than <iteration>_<layer>; give a folder that TensorRT-LLM has written")
-    return [(int(match[1]), int(match[2])) for match in matches if match]
+def _keys(paths: list[Path]) -> dict[Path, set[Key]]:
+    keys = {}
+    with _opened(paths) as files:
+        for path, file in files.items():
+            matches = [re.fullmatch(r"(\d{1,9})_(\d{1,9})", name) for name in file.keys()]  # noqa: SIM118 (no mapping)
+            if not all(matches):
+                raise CoterieError(
+                    f"{path}: holds other than <iteration>_<layer>; give a folder that TensorRT-LLM has written"
+                )
+            keys[path] = {(int(match[1]), int(match[2])) for match in matches if match}
+    return keys
 
 
-def _read(path: Path, key: Key, shape: tuple[int | None, ...]) -> npt.NDArray[np.int64]:
+def _read(files: Files, path: Path, key: Key, shape: tuple[int | None, ...]) -> npt.NDArray[np.int64]:
     """One tensor, whose dimensions are as given where they are not None."""
     name = f"{key[0]}_{key[1]}"
-    with _opened(path) as file:
-        array: npt.NDArray[Any] = file.get_tensor(name)
+    with _named(path):
+        array: npt.NDArray[Any] = files[path].get_tensor(name)
     fits = array.ndim == len(shape) and all(want in (None, have) for want, have in zip(shape, array.shape, strict=True))
     if not np.issubdtype(array.dtype, np.integer) or not fits:
         nan = " with NaN" if np.issubdtype(array.dtype, np.floating) and np.isnan(array).any() else ""
@@ -176,13 +207,15 @@ def _all_there(raw: list[Path], counts: list[Path], keys: Mapping[Path, set[Key]
 
     And whether each has all layers of its iterations, which a stage of pipeline parallelism has not.
     """
-    for path, counted in zip(raw, counts, strict=True):
-        wanted = {(iteration, layer) for iteration, other in keys[counted] if other in layers for layer in layers}
-        if set(_keys(path)) != keys[counted] or not wanted <= keys[counted]:
-            return False
-        for key in keys[counted]:
-            if _read(path, key, (None, None)).size != _read(counted, key, (None,)).sum():
+    of_raw = _keys(raw)
+    with _opened([*raw, *counts]) as files:
+        for path, counted in zip(raw, counts, strict=True):
+            wanted = {(iteration, layer) for iteration, other in keys[counted] if other in layers for layer in layers}
+            if of_raw[path] != keys[counted] or not wanted <= keys[counted]:
                 return False
+            for key in keys[counted]:
+                if _read(files, path, key, (None, None)).size != _read(files, counted, key, (None,)).sum():
+                    return False
     return True
 
 
@@ -195,32 +228,36 @@ def _of_tokens(
     decode: bool,
     provenance: dict[str, Any],
 ) -> Recording:
-    keys = {path: set(_keys(path)) for path in raw}
+    keys = _keys(raw)
+
+    def slots_of(files: Files, path: Path, iteration: int) -> npt.NDArray[np.int64]:
+        parts = [_read(files, path, (iteration, layer), (None, model.top_k)) for layer in model.layer_ids]
+        if len({part.shape for part in parts}) > 1:
+            raise CoterieError(f"{path}: layers of iteration {iteration} have unlike numbers of tokens")
+        slots = np.stack(parts)
+        if slots.max(initial=0) >= expert_of_slot.shape[1]:
+            raise CoterieError(
+                f"{path}: expert {slots.max()} in iteration {iteration}, must be below {expert_of_slot.shape[1]}"
+            )
+        return slots
 
     def traces() -> Iterator[TokenTrace]:
         sequence = 0
-        for iteration in iterations:
-            seen: set[bytes] = set()
-            for path in raw:
-                if not all((iteration, layer) in keys[path] for layer in model.layer_ids):
-                    continue
-                parts = [_read(path, (iteration, layer), (None, model.top_k)) for layer in model.layer_ids]
-                if len({part.shape for part in parts}) > 1:
-                    raise CoterieError(f"{path}: layers of iteration {iteration} have unlike numbers of tokens")
-                slots = np.stack(parts)
-                if slots.max(initial=0) >= expert_of_slot.shape[1]:
-                    raise CoterieError(
-                        f"{path}: expert {slots.max()} in iteration {iteration}, must be below "
-                        f"{expert_of_slot.shape[1]}"
-                    )
-                if slots.shape[1] == 0 or slots.tobytes() in seen:
-                    continue
-                seen.add(slots.tobytes())
-                layers = np.arange(model.num_layers)[:, None, None]
-                ids = np.where(slots < 0, -1, expert_of_slot[layers, np.maximum(slots, 0)])
-                where = f"{path}: iteration {iteration}"
-                trace = one_sequence(ids, model, sequence, decode=decode, where=where)
-                sequence += 1
-                yield trace
+        with _opened(raw) as files:
+            for iteration in iterations:
+                seen: set[bytes] = set()
+                for path in raw:
+                    if not all((iteration, layer) in keys[path] for layer in model.layer_ids):
+                        continue
+                    slots = slots_of(files, path, iteration)
+                    if slots.shape[1] == 0 or slots.tobytes() in seen:
+                        continue
+                    seen.add(slots.tobytes())
+                    layers = np.arange(model.num_layers)[:, None, None]
+                    ids = np.where(slots < 0, -1, expert_of_slot[layers, np.maximum(slots, 0)])
+                    where = f"{path}: iteration {iteration}"
+                    trace = one_sequence(ids, model, sequence, decode=decode, where=where)
+                    sequence += 1
+                    yield trace
 
     return Recording(model, (domain,), traces, None, {**provenance, "format": "tensorrt-llm raw"})

@@ -1,4 +1,5 @@
 """What vLLM records: the routed experts of each request, in its responses.
+Knows how these are encoded, not where responses keep them: `responses.py` does.
 
 Checked against the code of vLLM 0.33.0: `model_executor/layers/fused_moe/routed_experts_capturer.py` fills them with
 logical experts of every hidden layer, `entrypoints` returns them in `choices[].routed_experts` as base64 of a .npy

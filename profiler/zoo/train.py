@@ -2,7 +2,7 @@
 
 The run is cut into steps whose batches follow from the seed and the step number alone, so a run that was killed goes on
 from its last checkpoint as if it had not been.  The result is a plain Hugging Face folder with a model card, and the
-calibration and held-out text beside it.  Not imported by anything else.
+calibration and held-out text beside it.  Not imported by anything else; knows no profile and no plan.
 """
 
 from __future__ import annotations
