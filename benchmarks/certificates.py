@@ -95,9 +95,9 @@ def main() -> None:
         "certificates",
         "Plans beside the least that any plan could reach",
         "Planned tokens, mean over all layers, of gpt-oss-20b on 4 ranks over 4 of 24.  Plans are made for the busiest "
-        "ingress on these tokens, those of LLaMA-MoE, of which only counts of pairs are known, for fan_out.  A layer is "
-        f"exact where its bound is proved the optimum; {SECONDS:.0f} s a layer at most.  Seconds are of all layers, to "
-        "prove for both metrics.  Where a plan breaks the load cap, its own imbalance stands for it.",
+        "ingress on these tokens, those of LLaMA-MoE, of which only counts of pairs are known, for fan_out.  A layer "
+        f"is exact where its bound is proved the optimum; {SECONDS:.0f} s a layer at most.  Seconds are of all layers, "
+        "to prove for both metrics.  Where a plan breaks the load cap, its own imbalance stands for it.",
         (
             "trace",
             "ranks",

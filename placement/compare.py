@@ -123,9 +123,7 @@ def verdict(
             f"{highest:.2f}; give redundant experts or a higher cap"
         )
     if seen:
-        sentences.append(
-            "these figures are of routing that the plan has seen, so no verdict is given; give other text"
-        )
+        sentences.append("these figures are of routing that the plan has seen, so no verdict is given; give other text")
         return sentences
     if options.domain_weights:
         sentences.append("these figures count all tokens alike, whatever their domain counts; so no verdict is given")

@@ -133,7 +133,7 @@ def put_in_place(complete: Path, folder: Path) -> None:
     Raises:
         CoterieError: the name cannot be given; what had it before has it still.
     """
-    replaced = folder.with_name(f".{folder.name}.replaced")
+    replaced = _replaced(folder)
     try:
         if os.path.lexists(folder):
             _remove(replaced)  # else it is what a killed run took away and never replaced
@@ -144,6 +144,15 @@ def put_in_place(complete: Path, folder: Path) -> None:
             replaced.replace(folder)
         raise CoterieError(f"{folder}: cannot be written ({error.strerror}); give a writable folder to -o") from error
     _remove(replaced)
+
+
+def remove_replaced(folder: Path) -> None:
+    """Remove what `put_in_place` leaves that is killed when a new folder has got its name."""
+    _remove(_replaced(folder))
+
+
+def _replaced(folder: Path) -> Path:
+    return folder.with_name(f".{folder.name}.replaced")
 
 
 def _remove(folder: Path) -> None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,7 @@ from profiler.files import (
     behind_link,
     parse_json,
     put_in_place,
+    remove_replaced,
     require_text,
     require_writable_parent,
     sync,
@@ -209,9 +210,15 @@ def finish(
     header["header_digest"] = header_digest(header)
     write_bytes(unfinished / "profile.json", (json.dumps(header, indent=2) + "\n").encode())
     put_in_place(unfinished, folder)
-    others = strangers(folder)
-    for path in folder.iterdir():  # last, so that a run that is killed before can still go on
-        if path.name != "profile.json" and path.name not in files and path not in others:
+    remove_remains(folder, files)  # last, so that a run that is killed before can still go on
+
+
+def remove_remains(folder: Path, files: Iterable[str]) -> None:
+    """Remove what a run leaves that is killed when its profile, of these tensor files, has got its name."""
+    remove_replaced(folder)
+    kept = {"profile.json", *files, *(path.name for path in strangers(folder))}
+    for path in folder.iterdir():
+        if path.name not in kept:
             path.unlink()
 
 

@@ -156,14 +156,20 @@ def load_model(
         if (getattr(config, "quantization_config", None) or {}).get("quant_method") == "mxfp4":
             # Its kernels would route on their own, past all hooks.
             options["quantization_config"] = Mxfp4Config(dequantize=True)
-        loaded = auto.from_pretrained(
+        loaded, found = auto.from_pretrained(
             source,
             dtype=dtype,
             device_map=device_map,
             offload_folder=offload_folder,
             trust_remote_code=False,
+            output_loading_info=True,
             **options,
         )
+        if found["missing_keys"]:
+            raise CoterieError(
+                f"{source}: lacks {len(found['missing_keys'])} of the model's weights, such as "
+                f"{min(found['missing_keys'])}, which would be random numbers; download it again"
+            )
     except CoterieError:
         offloading.close()
         raise

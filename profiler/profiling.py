@@ -16,7 +16,8 @@ import torch
 from profiler.batches import Batch
 from profiler.documents import Document
 from profiler.errors import CoterieError
-from profiler.folder import StoredProfile, open_profile
+from profiler.files import behind_link
+from profiler.folder import StoredProfile, open_profile, remove_remains
 from profiler.loading import LoadedModel
 from profiler.recorder import Recorder
 from profiler.trace import TokenTrace
@@ -83,6 +84,7 @@ def profile_model(
     told = {**run, "seed": seed, "max_traced_tokens": max_traced_tokens}
     done = _stored(out) if resume and not unfinished_folder(out).exists() else None
     if done is not None and told.items() <= done.provenance.items():
+        remove_remains(behind_link(out), ["counts.safetensors", *done.shards])
         on_progress(batches.num_tokens, batches.num_tokens)
         return done
     writer = ProfileWriter(
@@ -95,7 +97,10 @@ def profile_model(
         resume=resume,
     )
     with contextlib.closing(writer):
-        position = writer.position or {"batches": 0, "tokens": 0, "next_sequence": 0}
+        start = {"batches": 0, "tokens": 0, "next_sequence": 0}
+        position = writer.position or start
+        if [type(position.get(name)) for name in start] != [int] * len(start):
+            raise CoterieError(f"{out}: its checkpoint says it is at {position}, no place to go on from; remove it")
         recorder.next_sequence = position["next_sequence"]
         counting = False
         try:

@@ -373,6 +373,8 @@ class ProfileWriter:
         self._sketch = RowSketch(**group("sketch"))
         pending = group("pending")
         self._pending = [TokenTrace(**pending)] if pending else []
+        for part in self._pending:
+            part.require(self._model, len(self._domains))
         self._num_pending = sum(part.num_tokens for part in self._pending)
         if self._reservoir:
             self._reservoir.restore(note["seen"], group("reservoir"))

@@ -3,11 +3,14 @@
 import contextlib
 import gc
 import json
+import shutil
 
 import numpy as np
 import pytest
 import torch
 from conftest import tiny_model
+from safetensors import safe_open
+from safetensors.torch import save_file
 from tiny_models import CONFIGS
 
 from profiler import CoterieError, zoo
@@ -36,6 +39,17 @@ def spread(embeddings, first, second):
     """A map for a machine without accelerators: host memory and the disk."""
     rest = dict.fromkeys(("model.norm", "model.rotary_emb", "lm_head"), "cpu")
     return {"model.embed_tokens": embeddings, "model.layers.0": first, "model.layers.1": second, **rest}
+
+
+def test_a_model_that_lacks_weights_is_refused(folder, tmp_path):
+    broken = tmp_path / "broken"
+    shutil.copytree(folder, broken)
+    with safe_open(broken / "model.safetensors", "pt") as stored:
+        tensors = {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118
+    del tensors["model.norm.weight"]
+    save_file(tensors, broken / "model.safetensors", {"format": "pt"})
+    with pytest.raises(CoterieError, match=r"lacks 1 of the model.s weights, such as model.norm.weight, .*; download"):
+        load_model(str(broken), "cpu")
 
 
 @pytest.mark.parametrize("device_map", ["auto", spread("cpu", "cpu", "disk"), spread("disk", "disk", "cpu")])
@@ -137,7 +151,8 @@ def test_weights_whose_kernels_pass_hooks_by_are_unpacked(method, tmp_path, monk
         config = json.loads((tmp_path / "config.json").read_text()) | {"quantization_config": {"quant_method": method}}
         (tmp_path / "config.json").write_text(json.dumps(config))
     given = []
-    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", lambda *_, **options: given.append(options) or model)
+    found = (model, {"missing_keys": set()})
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", lambda *_, **options: given.append(options) or found)
     load_model(str(tmp_path), "cpu", with_tokenizer=False)
     quantization = given[0].get("quantization_config")
     assert quantization.dequantize if method == "mxfp4" else quantization is None

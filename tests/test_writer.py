@@ -23,7 +23,7 @@ from safetensors.numpy import save as to_safetensors
 import profiler.files
 from profiler import CoterieError, Profile, ProfileWriter, zoo
 from profiler.counts import Tally
-from profiler.documents import read_documents
+from profiler.documents import Document, read_documents
 from profiler.folder import open_profile
 from profiler.loading import load_model
 from profiler.profiling import profile_model
@@ -204,6 +204,17 @@ def test_a_disk_that_fails_is_not_called_full(tmp_path, monkeypatch):
     monkeypatch.setattr(profiler.files.os, "fsync", fail)
     with pytest.raises(CoterieError, match=r"tokens-00000.* \(Input/output error\); give a writable path to -o"):
         writer.checkpoint({})
+
+
+def test_what_a_kill_at_the_very_end_leaves_goes_when_the_run_is_found_complete(tmp_path):
+    loaded, text = load_model(None, "cpu"), [Document.of("a", "some words of text, and some more")]
+    profile_model(loaded, text, tmp_path / "run")
+    before = {path.name for path in (tmp_path / "run").iterdir()}
+    (tmp_path / "run" / "checkpoint").write_bytes(b"of the run")
+    (tmp_path / ".run.replaced").mkdir()
+    profile_model(loaded, text, tmp_path / "run", resume=True)
+    assert {path.name for path in (tmp_path / "run").iterdir()} == before
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]
 
 
 def test_a_full_disk_at_the_end_keeps_the_run(tmp_path, monkeypatch):

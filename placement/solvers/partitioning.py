@@ -2,8 +2,8 @@
 Knows no copies, and proves nothing itself: `placement/certify.py` does.
 
 Where its minute a layer is enough for the proof, no plan within the load cap has a lower busiest ingress, or where that
-is the objective fan_out, on the tokens that this one was made of; `--certify` says where.  It fits them: on other sequences of recorded routing it
-reaches what the search's does to less than 1%, and is less balanced.
+is the objective fan_out, on the tokens that this one was made of; `--certify` says where.  It fits them: on other
+sequences of recorded routing it reaches what the search's does to less than 1%, and is less balanced.
 """
 
 from __future__ import annotations
