@@ -16,14 +16,17 @@ from conftest import make_spec, make_trace, random_ids, tiny_model
 from test_report import bench_result
 from torch.distributed.device_mesh import init_device_mesh
 
+from placement.cli import main
 from placement.cost import evaluate
 from placement.placement_map import PlacementMap
 from placement.runtime import bench as bench_module
+from placement.runtime import trials
 from placement.runtime.bench import Settings, bench
 from placement.runtime.experts import IMPLEMENTATIONS, build_implementations, installed
 from placement.runtime.launch import run_on_ranks
 from placement.runtime.meter import Meter
 from placement.runtime.results import BenchResult
+from placement.runtime.summary import _counted
 from placement.runtime.trials import Case, Trainer, _difference, _Reference, _require_exact
 from placement.runtime.workloads import TextWorkload, cut_replay, replayed_layers
 from placement.topology import Topology
@@ -130,11 +133,12 @@ class Bare(TextWorkload):
 
 def gradients_differ(rank, device, arguments):
     """How much they do under coterie's and under transformers' exchange; a step of training runs as well."""
-    model, mesh = tiny_model("muse_spark_text"), init_device_mesh("cpu", (2, 1), mesh_dim_names=("ep", "tp"))
+    model, mesh = tiny_model(**arguments["model"]), init_device_mesh("cpu", (2, 1), mesh_dim_names=("ep", "tp"))
     spec, group = read_spec(model, "shared norm"), mesh["ep"].get_group()
     linear = PlacementMap.linear(spec, Topology(1, 2, spec.num_experts // 2))
     turned = replace(linear, physical_to_logical_map=linear.physical_to_logical_map[:, ::-1].copy())
-    workload = Bare(model, torch.arange(24).reshape(2, 12) + rank)
+    kind = TextWorkload if hasattr(model, "lm_head") else Bare
+    workload = kind(model, torch.arange(24).reshape(2, 12) + rank)
     reference, found = _Reference(workload, True, group), []
     for make in IMPLEMENTATIONS.values():
         held = build_implementations(workload.layers, turned, make, mesh["ep"], mesh["tp"], Meter())
@@ -145,9 +149,58 @@ def gradients_differ(rank, device, arguments):
     return {"differences": found}
 
 
-def test_a_norm_that_experts_share_is_trained_exactly():
-    for of_rank in run_on_ranks(gradients_differ, 2, {}):
+@pytest.mark.parametrize(
+    "model",
+    [
+        {"family": "muse_spark_text"},  # whose experts share a norm
+        {"family": "mixtral", "num_experts_per_tok": 1},  # whose routers' gradients are zero but for rounding
+    ],
+    ids=lambda model: model["family"],
+)
+def test_gradients_are_those_of_one_process(model):
+    for of_rank in run_on_ranks(gradients_differ, 2, {"model": model}):
         assert max(of_rank["differences"]) < 1e-4
+
+
+def warm_optimizers(rank, device, arguments):
+    """For each timed action of a training bench, whether its optimizer has state already."""
+    warm = []
+
+    def look(action, _device):
+        if isinstance(getattr(action, "__self__", None), Trainer):
+            warm.append(bool(action.__self__.optimizer.state))
+        action()
+        return 1.0
+
+    trials._seconds = look
+    trials.run_task(rank, device, arguments)
+    return {"warm": warm}
+
+
+def test_the_first_timed_step_makes_no_optimizer_state(recorded, monkeypatch):
+    tasks = []
+    monkeypatch.setattr(bench_module, "_run", lambda task, *_: tasks.append(task))
+    settings = replace(SMALL, kind="training", sequences_per_rank=(1,))
+    assert bench({"reversed": reversed_map()}, replay=recorded, settings=settings) is None
+    for of_rank in run_on_ranks(warm_optimizers, 2, {"task": tasks[0]}):
+        assert of_rank["warm"] == [True] * 3
+
+
+def test_interfaces_are_not_compared_where_hosts_are_not_the_plans_nodes():
+    sent = dict.fromkeys(("bytes_sent", "network_bytes_sent", "rows_sent", "rows_away", "network_rows"), 8)
+    task, case = SimpleNamespace(steps=1, training=False), Case("coterie", "flat", "linear")
+    for num_nodes, hosts, expected in (
+        (1, "aaaa", 5),  # one interface, such as the loopback
+        (2, "aabb", 10),
+        (4, "abcd", 20),
+        (2, "aaaa", None),  # a plan for two nodes, tried on one machine
+        (1, "aabb", None),
+        (2, "abab", None),
+    ):
+        placement = PlacementMap.linear(SPEC, Topology(num_nodes, 4 // num_nodes, 2))
+        of_ranks = [{**sent, "interface": 5} for _ in hosts]
+        counted = _counted(task, case, of_ranks, list(hosts), SimpleNamespace(num_tokens=4), placement)
+        assert counted["interface_bytes"] == expected
 
 
 def test_maps_for_other_ranks_are_runs_of_their_own(recorded):
@@ -203,6 +256,8 @@ def test_lost_gradients_and_values_that_are_no_numbers_are_not_trusted():
     assert _difference(some * 1.5, some) == 0.5
     assert _difference(None, some) == _difference(some, None) == math.inf
     assert math.isnan(_difference(some / 0, some))
+    assert _difference(some * 1.5, some, least=100.0) == pytest.approx(0.01)
+    assert _difference(some * 1.5, some, least=0.01) == 0.5
     result = bench_result()
     peer, linear, planned = result.runs[0].rows
     rows = (peer, replace(linear, max_difference=math.nan), planned)
@@ -237,7 +292,6 @@ MISTAKES = {
     "too many tokens": ({"sequence_length": 10_000}, "the profile has 400 whole tokens, this replay needs"),
     "more layers than there are": ({"num_layers": 4}, "--layers 4: must be from 1 to the 3"),
     "another mode": ({"modes": ("fast",)}, "mode 'fast': must be one of flat, hierarchical"),
-    "all decoded": ({"kind": "decode", "steps": 8}, "8 steps: must be fewer than the 8 tokens"),
     "no rate": ({"network": "fast"}, "network rate 'fast'"),
 }
 
@@ -247,6 +301,35 @@ def test_a_mistake_is_one_line(recorded, mistake):
     changes, message = MISTAKES[mistake]
     with pytest.raises(CoterieError, match=message):
         bench({"reversed": reversed_map()}, replay=recorded, settings=replace(SMALL, **changes))
+
+
+def test_as_many_steps_as_tokens_are_refused_of_text_only(recorded):
+    settings = replace(SMALL, kind="decode", steps=8, sequences_per_rank=(1,))
+    with pytest.raises(CoterieError, match="8 steps: must be fewer than the 8 tokens of a sequence"):
+        bench({"reversed": reversed_map()}, "no such model", settings=settings)
+    [run] = bench({"reversed": reversed_map()}, replay=recorded, settings=settings).runs
+    assert run.tokens_per_rank == 1
+
+
+@pytest.mark.parametrize(
+    ("num_ranks", "num_nodes", "message"),
+    [(4, 1, "reversed has 1 node, where"), (4, 4, "reversed has 4 nodes of 1 rank, where")],
+)
+def test_two_hops_that_would_be_one_are_refused(recorded, num_ranks, num_nodes, message):
+    for network in (None, "400mbit"):
+        settings = replace(SMALL, modes=("flat", "hierarchical-bf16"), network=network)
+        with pytest.raises(CoterieError, match=f"--mode hierarchical-bf16: the plan {message}.*; plan with --nodes"):
+            bench({"reversed": reversed_map(num_ranks, num_nodes)}, replay=recorded, settings=settings)
+
+
+@pytest.mark.parametrize("option", ["--layers", "--hidden-size", "--expert-size"])
+def test_no_layers_and_sizes_are_of_a_replay_too(option, tmp_path, monkeypatch, capsys):
+    reversed_map().save(tmp_path / "plan.json")
+    monkeypatch.setattr(sys, "argv", ["coterie", "bench", str(tmp_path / "plan.json"), option, "0"])
+    with pytest.raises(SystemExit) as stop:
+        main()
+    assert stop.value.code == 1
+    assert "--layers are of a replay; give --replay or leave them out" in capsys.readouterr().err
 
 
 def test_maps_of_other_models_and_profiles_without_sizes_are_refused(recorded, tmp_path):
@@ -273,8 +356,24 @@ def under_torchrun(code, recorded, tmp_path, *options):
     )
 
 
+LOADS_JOINED = """
+import torch.distributed as dist
+from profiler.profile import Profile
+
+load = Profile.load_from
+
+def load_joined(path):
+    assert dist.is_initialized(), "others would wait for this one's loading, and not for long"
+    return load(path)
+
+Profile.load_from = load_joined
+from placement.cli import main
+main()
+"""
+
+
 def test_under_torchrun_the_first_rank_has_the_result(recorded, tmp_path):
-    done = under_torchrun("from placement.cli import main; main()", recorded, tmp_path)
+    done = under_torchrun(LOADS_JOINED, recorded, tmp_path)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count('"workload": "prefill"') == 1
 

@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import re
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -21,7 +22,8 @@ from placement.cli.exports import verify
 from placement.constraints.config import FILE_NAME
 from placement.exporters import checkpoint, shards
 from placement.exporters.checkpoint import MAP_FILE, permute_checkpoint
-from placement.exporters.shards import Edit, read_header, rewrite
+from placement.exporters.permutation import Renumbering, find_edits
+from placement.exporters.shards import Edit, Tensor, read_header, rewrite
 from placement.exporters.verify import compare
 from placement.foreign import read_any_map
 from placement.placement_map import PlacementMap
@@ -58,6 +60,7 @@ PROVED = [
     "mimo_v2_flash",
     "minimax_m2",
     "mixtral",
+    "muse_spark_text",
     "nemotron_h",
     "olmoe",
     "phimoe",
@@ -91,6 +94,11 @@ def any_plan(spec: MoESpec, seed: int = 0) -> PlacementMap:
 
 def save_tiny(family: str, folder: Path) -> tuple[torch.nn.Module, PlacementMap]:
     model = tiny_model(family)
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim == 1:  # norms are all ones else, which look alike in any order
+                parameter += 0.2 * torch.randn(parameter.shape, generator=generator)
     model.save_pretrained(folder, max_shard_size="30KB")
     return model, any_plan(read_spec(model, family))
 
@@ -135,6 +143,35 @@ def test_layouts_that_are_not_known_are_refused(tmp_path, family):
     with pytest.raises(CoterieError, match=REFUSED[family]):
         permute_checkpoint(tmp_path / "original", tmp_path / "planned", placement)
     assert [path.name for path in tmp_path.iterdir()] == ["original"]
+
+
+@pytest.mark.parametrize(
+    ("name", "shape", "is_by_expert"),
+    [
+        ("experts.gate_up_proj", (8, 4, 6), True),
+        ("experts.mlp.w1", (8 * 4, 6), True),
+        ("experts.scale", (8,), True),
+        ("experts.post_expert_norm.weight", (24,), False),
+        ("experts.post_expert_norm.weight", (8,), False),
+        ("experts.pre_norms.weight", (8, 24), True),
+        ("experts.scale", (1,), False),
+        ("experts.scale", (), False),
+        ("experts.scale", (24,), None),
+        ("experts.scale", (7,), None),
+    ],
+)
+def test_which_packed_tensors_are_by_expert(name, shape, is_by_expert):
+    tensors = [
+        Tensor(f"layers.0.mlp.{rest}", "F32", of_shape, 0, 0)
+        for rest, of_shape in (("experts.down_proj", (8, 6, 4)), ("gate.weight", (8, 6)), (name, shape))
+    ]
+    order = (1, 0, *range(2, 8))
+    if is_by_expert is None:
+        with pytest.raises(CoterieError, match=re.escape(f"{name}: shape {list(shape)} is not by expert (8 of them)")):
+            find_edits(tensors, {0: Renumbering(order, order)}, 8, 1)
+    else:
+        *_, edit = find_edits(tensors, {0: Renumbering(order, order)}, 8, 1)
+        assert edit == (Edit(tensors[-1].name, 0, order) if is_by_expert else Edit(tensors[-1].name))
 
 
 def test_a_wrong_checkpoint_does_not_agree(tmp_path):
@@ -362,6 +399,8 @@ def test_places_and_states_that_are_refused(tmp_path):
     permute_checkpoint(source, tmp_path / "planned", placement)
     refused("is permuted already", "again", tmp_path / "planned")
     refused("permuted by another plan", "again", tmp_path / "planned", any_plan(spec, seed=1), invert=True)
+    larger = PlacementMap.linear(replace(spec, num_experts=16), Topology(1, 2, 8))
+    refused("permuted by another plan", "again", tmp_path / "planned", larger, invert=True)
 
 
 def test_verifying_holds_one_model_at_a_time(tmp_path, monkeypatch):

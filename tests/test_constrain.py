@@ -144,6 +144,23 @@ def test_an_exception_restores_the_model():
         assert torch.equal(model(input_ids=batch()).logits, free)
 
 
+@pytest.mark.parametrize("in_place", [True, False])
+@torch.no_grad()
+def test_a_model_that_was_compiled_and_run_is_constrained(in_place):
+    model, plain = tiny_model("olmoe"), tiny_model("olmoe")
+    constraint, free = tight(plain)[2], plain(input_ids=batch()).logits
+    with constrain(plain, constraint):
+        expected = plain(input_ids=batch()).logits
+    compiled = model if in_place else torch.compile(model, backend="eager")
+    if in_place:
+        model.compile(backend="eager")
+    for _ in range(2):
+        torch.testing.assert_close(compiled(input_ids=batch()).logits, free)
+        with constrain(model, constraint):
+            torch.testing.assert_close(compiled(input_ids=batch()).logits, expected)
+        torch.testing.assert_close(compiled(input_ids=batch()).logits, free)
+
+
 def test_constraints_of_other_models_and_nesting_are_refused():
     model = tiny_model("olmoe")
     for other in (

@@ -169,6 +169,41 @@ def test_mistakes_are_one_line(made, tmp_path, capsys, monkeypatch):
         assert re.search(message, error), error
 
 
+def test_mistakes_are_said_before_a_model_is_loaded(tmp_path, capsys, monkeypatch):
+    refuse_to_load(monkeypatch)
+    put_harness(monkeypatch, {"sums": 0.5})
+    for arguments, message in (
+        (("finetune", "--data", tmp_path / "no"), "no: no such file"),
+        (("finetune", "--sequence-length", "1"), "--sequence-length 1: must be at least 2"),
+        (("finetune", "--held-out-tokens", "1"), "--held-out-tokens 1: must be at least 2"),
+        (("quality", "--max-tokens", "1"), "--max-tokens 1: must be at least 2"),
+        (("quality", "--task", "sums", "--task-limit", "0"), "--task-limit 0: must be at least 1"),
+        (("codesign", "--top-t", "9", "--max-tokens", "1"), "--max-tokens 1: must be at least 2"),
+        (("codesign", "--top-t", "9", "--data", tmp_path / "no"), "no: no such file"),
+    ):
+        code, _, error = coterie(capsys, monkeypatch, *arguments)
+        assert code == 1, arguments
+        assert error.count("\n") == 1, error
+        assert message in error, error
+
+
+def test_mistakes_are_said_before_a_model_is_run(tmp_path, capsys, monkeypatch):
+    for place in ("codesign.perplexity", "quality.perplexity"):
+        monkeypatch.setattr(f"placement.constraints.{place}", lambda *_: pytest.fail("runs the model"))
+    (tmp_path / "chats.jsonl").write_text('{"text": "no conversation"}')
+    for arguments, message in (
+        (("codesign", "--top-t", "6"), "T 6: .* between 7 .K-1. and 63"),
+        (("codesign", "--method", "router", "--limit", "0"), "N 0: a token needs at least 1 rank"),
+        (("codesign", "--method", "router", "--limit", "1", "--ranks", "16"), "N 1: so many ranks .* a token takes 8"),
+        (("finetune", "--instructions", tmp_path / "no.jsonl"), "no.jsonl: no such file"),
+        (("finetune", "--instructions", tmp_path / "chats.jsonl"), "chats.jsonl, line 1: no conversation"),
+    ):
+        code, _, error = coterie(capsys, monkeypatch, *arguments)
+        assert code == 1, arguments
+        assert error.count("\n") == 1, error
+        assert re.search(message, error), error
+
+
 def test_models_of_one_last_name_are_told_apart(tmp_path, capsys, monkeypatch):
     for name in ("seed0", "seed1"):
         shutil.copytree(zoo.MODEL, tmp_path / name / "tuned")

@@ -1,6 +1,7 @@
 """Fine-tuning under a constraint: it learns, repeats itself, goes on where it was stopped, and writes what loads again."""
 
 import json
+import math
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -9,6 +10,7 @@ import torch
 from conftest import tiny_model
 from test_constrain import SEEING, seeing_model, tight
 from test_constraints import random_map
+from tiny_models import CONFIGS
 from transformers import AutoModelForCausalLM
 
 from placement.constraints.config import load
@@ -18,15 +20,16 @@ from placement.constraints.finetune import (
     Training,
     _arguments,
     _require_trainable,
+    _trainable,
     checkpoint_folder,
     finetune,
     train,
 )
-from placement.constraints.quality import perplexity
+from placement.constraints.quality import Perplexity, perplexity
 from placement.cost import evaluate
 from profiler import CoterieError, Recorder, zoo
 from profiler.documents import Document
-from profiler.families import read_spec
+from profiler.families import find_moe_layers, read_spec
 from profiler.loading import LoadedModel, load_model
 
 
@@ -43,7 +46,7 @@ def examples(num=12, length=10):
 SHORT = Training(steps=6, batch_size=4, learning_rate=3e-3, warmup_steps=1, save_steps=2, seed=3)
 
 
-class StopError(Exception):
+class StopError(BaseException):
     pass
 
 
@@ -128,6 +131,17 @@ def test_experts_and_routers_only(tmp_path):
     assert not model.config.output_router_logits
 
 
+@pytest.mark.parametrize("family", CONFIGS)
+def test_routers_learn_with_their_experts(family):
+    model = tiny_model(family)
+    with _trainable(model, "experts"):
+        learning = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    for layer in find_moe_layers(model):
+        block = layer.name.rpartition(".")[0]
+        parts = [name.split(".") for name in learning if name.startswith(block)]
+        assert any({"gate", "router", "router_gate"} & {*of_name} for of_name in parts), layer.name
+
+
 def weights_after(tokenizer, out, **options):
     model = tiny_model("olmoe")
     loaded = LoadedModel("tiny", model, tokenizer)
@@ -169,6 +183,27 @@ def test_what_was_written_loads_with_its_constraint(tokenizer, tmp_path):
         assert torch.equal(model(input_ids=ids).logits, loaded(input_ids=ids).logits)
 
 
+@pytest.mark.parametrize("harm", ["nan", "inf"])
+def test_a_run_that_diverges_is_an_error_and_writes_nothing(harm, tokenizer, tmp_path):
+    model = tiny_model("olmoe")
+
+    def break_it(step, _steps, _loss):
+        if step == 1:
+            with torch.no_grad():
+                model.lm_head.weight[5] = float(harm)
+
+    loaded, out = LoadedModel("tiny", model, tokenizer), tmp_path / "out"
+    with pytest.raises(CoterieError, match="^loss (nan|inf) at step 2: .*; give a smaller --learning-rate$"):
+        finetune(loaded, examples(), None, SHORT, out, on_step=break_it)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_perplexity_beyond_all_numbers_is_infinite():
+    found = Perplexity({"a": 1e5, "b": 10.0}, {"a": 10, "b": 10})
+    assert found.overall == found.of_domain["a"] == float("inf")
+    assert found.of_domain["b"] == pytest.approx(math.e)
+
+
 def test_runs_that_do_not_fit_are_refused(tokenizer, tmp_path):
     model = tiny_model("olmoe")
     loaded = LoadedModel("tiny", model, tokenizer)
@@ -176,16 +211,19 @@ def test_runs_that_do_not_fit_are_refused(tokenizer, tmp_path):
     with pytest.raises(CoterieError, match="leave --resume out"):
         finetune(loaded, examples(), None, SHORT, out, resume=True)
 
-    def stop(*_):
-        raise StopError
+    def stop(step, *_):
+        if step in last:
+            raise StopError
 
-    with pytest.raises(StopError):
-        finetune(loaded, examples(), None, SHORT, out, on_step=stop)
+    for last in ([1], [3]):
+        with pytest.raises(StopError):
+            finetune(loaded, examples(), None, SHORT, out, on_step=stop)
+        assert checkpoint_folder(out).exists() == (last == [3])  # else there is no checkpoint yet, and nothing is lost
     with pytest.raises(CoterieError, match="was begun with other seed .* or remove that folder to begin anew"):
         finetune(loaded, examples(), None, Training(**{**SHORT.__dict__, "seed": 4}), out, resume=True)
     with pytest.raises(CoterieError, match="examples_digest"):
         finetune(loaded, examples(length=9), None, SHORT, out, resume=True)
-    finetune(loaded, examples(), None, SHORT, out)  # nothing is lost, since there was no checkpoint yet
+    finetune(loaded, examples(), None, SHORT, out, resume=True)
     (tmp_path / "mine").mkdir()
     with pytest.raises(CoterieError, match="is no fine-tuned model"):
         finetune(loaded, examples(), None, SHORT, tmp_path / "mine")
@@ -302,4 +340,4 @@ def test_a_full_disk_is_one_line_and_leaves_whole_checkpoints(tokenizer, tmp_pat
     monkeypatch.setattr("transformers.Trainer._save_optimizer_and_scheduler", full)
     with pytest.raises(CoterieError, match=r"checkpoint-2: cannot be written .*; free some space"):
         weights_after(tokenizer, tmp_path / "out")
-    assert [path.name for path in checkpoint_folder(tmp_path / "out").iterdir()] == ["finetune.json"]
+    assert not checkpoint_folder(tmp_path / "out").exists()

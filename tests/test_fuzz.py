@@ -12,8 +12,8 @@ import shutil
 import signal
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from functools import partial
+from contextlib import contextmanager, suppress
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -22,32 +22,39 @@ import pytest
 import torch
 from conftest import make_spec, make_trace, random_ids
 from safetensors import SafetensorError
+from safetensors.numpy import load as parse_safetensors
 from safetensors.numpy import load_file, save_file
+from safetensors.numpy import save as to_safetensors
 from test_engine_mistakes import ENGINES, write_valid
 from test_report import bench_result
+from tiny_models import tiny_model
 
 from placement import cli
 from placement.constraints import finetune as finetuning
+from placement.constraints.config import FILE_NAME as CONSTRAINT
 from placement.constraints.config import load as load_constraint
 from placement.constraints.config import save as save_constraint
-from placement.constraints.examples import instruction_examples
+from placement.constraints.examples import instruction_examples, text_examples
 from placement.constraints.lists import collaborator_lists
 from placement.constraints.pruning import limit_ranks
 from placement.constraints.similarity import SimilarityTable
 from placement.exporters import eplb, sglang, tensorrt_llm, vllm_ascend
+from placement.exporters.checkpoint import permute_checkpoint
 from placement.exporters.contract import ServedModel, write_export
 from placement.placement_map import PlacementMap
 from placement.runtime import bench as runtime_bench
 from placement.topology import Topology
 from profiler import Profile, zoo
+from profiler.documents import read_documents
 from profiler.families import read_spec
 from profiler.folder import content_digest, header_digest
 from profiler.loading import LoadedModel, load_model
+from profiler.profiling import profile_model
 from profiler.spec import MoESpec
 
 NUM_CASES = int(os.environ.get("COTERIE_FUZZ", "300"))
 SECONDS = 60
-"""After which a command hangs; the first one compiles."""
+"""After which a command hangs.  It has run before, on valid files, so that this is no time in which it compiles."""
 
 
 class Trap:
@@ -57,9 +64,9 @@ class Trap:
         return os.mkdir, ("was-run",)
 
 
-def a_profile(here: Path) -> None:
-    trace = make_trace(random_ids(0, 2, 200, 8, 2), num_sequences=8)
-    Profile.from_tokens(make_spec(2, 8, 2), ["prose", "code"], trace, {"made": "up"}).save(here / "run.profile")
+def a_profile(here: Path, name: str = "run.profile", seed: int = 0) -> None:
+    trace = make_trace(random_ids(seed, 2, 200, 8, 2), num_sequences=8)
+    Profile.from_tokens(make_spec(2, 8, 2), ["prose", "code"], trace, {"made": "up"}).save(here / name)
 
 
 def a_plan(here: Path) -> PlacementMap:
@@ -114,6 +121,21 @@ def arrays(here: Path) -> None:
     np.save(here / "r.npy", ids)
 
 
+@cache
+def tokenizer() -> Any:
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(zoo.MODEL)
+
+
+def save_tiny(folder: Path) -> MoESpec:
+    """A small model with some bytes of every kind that a model folder has; returns what routes in it."""
+    size = {"vocab_size": len(tokenizer()), "pad_token_id": None, "bos_token_id": None, "eos_token_id": 0}
+    tiny_model("olmoe", **size).save_pretrained(folder)
+    tokenizer().save_pretrained(folder)
+    return read_spec(load_model(str(folder), "cpu", with_tokenizer=False).model, folder.name)
+
+
 def texts(here: Path) -> None:
     (here / "texts").mkdir()
     (here / "texts" / "a.txt").write_text("Some text, and m\u00f6re of it.\n" * 20, encoding="utf-8")
@@ -121,11 +143,86 @@ def texts(here: Path) -> None:
     (here / "texts" / "b.jsonl").write_text("\n".join(map(json.dumps, records)))
 
 
+def a_dataset(here: Path) -> None:
+    import datasets
+
+    rows = {"text": ["a text", "more", None], "domain": ["a", "b", "a"]}
+    datasets.Dataset.from_dict(rows).save_to_disk(here / "texts")
+
+
 def a_model(here: Path) -> None:
-    """The embedded model, which has some bytes of every kind that a model folder has."""
-    shutil.copytree(zoo.MODEL, here / "model")
-    (here / "short.txt").write_text("A little text to run.\n")
-    np.save(here / "r.npy", random_ids(0, 4, 60, 64, 8).transpose(1, 0, 2))
+    save_tiny(here / "model")
+    (here / "short.txt").write_text("A little text to run.\n" * 4)
+    np.save(here / "r.npy", random_ids(0, 2, 60, 8, 2).transpose(1, 0, 2))
+
+
+def a_permuted_model(here: Path) -> None:
+    spec = save_tiny(here / "model")
+    (here / "short.txt").write_text("A little text to run.\n" * 4)
+    Profile.from_tokens(spec, ["a"], make_trace(random_ids(0, 2, 60, 8, 2), num_domains=1), {}).save(
+        here / "run.profile"
+    )
+    rows = np.stack([np.random.default_rng(layer).permutation(8) for layer in range(2)])
+    plan = PlacementMap(spec, Topology(1, 2, 4), rows, {"name": "any"})
+    plan.save(here / "plan.json")
+    permute_checkpoint(here / "model", here / "planned", plan)
+
+
+def a_tuned_model(here: Path) -> None:
+    """With the constraint that it was fine-tuned under in its folder."""
+    spec = save_tiny(here / "tuned")
+    (here / "short.txt").write_text("A little text to run.\n" * 4)
+    save_constraint(limit_ranks(PlacementMap.linear(spec, Topology(1, 2, 4)), 1), here / "tuned" / CONSTRAINT)
+
+
+def tasks(here: Path) -> None:
+    save_tiny(here / "model")
+    (here / "short.txt").write_text("A little text to run.\n" * 4)
+    (here / "tasks").mkdir()
+    records = [{"question": f"{n} and 1 is", "choices": [f" {n + 1}", " no"], "answer": 0} for n in range(2)]
+    (here / "tasks" / "sums.jsonl").write_text("\n".join(map(json.dumps, records)))
+    (here / "tasks" / "sums.yaml").write_text(TASK)
+
+
+class StopError(BaseException):
+    """In place of a signal."""
+
+
+def stop(*_: Any) -> None:
+    raise StopError
+
+
+def a_stopped_recording(here: Path) -> None:
+    """After its first batch, with a checkpoint."""
+    save_tiny(here / "model")
+    (here / "short.txt").write_text("A little text to run.\n" * 4)
+
+    def stop_after_one(done: int, _total: int) -> None:
+        if done:
+            stop()
+
+    loaded, documents = load_model(str(here / "model"), "cpu"), read_documents([here / "short.txt"])
+    with suppress(StopError):
+        profile_model(
+            loaded, documents, here / "run.profile", sequence_length=16, batch_size=1, on_progress=stop_after_one
+        )
+    assert (here / "run.profile.partial" / "checkpoint").exists()
+
+
+def a_stopped_tuning(here: Path) -> None:
+    """One after its first step, one behind its last step, and one that is complete."""
+    save_tiny(here / "model")
+    (here / "short.txt").write_text("A little text to run.\n" * 4)
+    training = finetuning.Training(steps=2, batch_size=1, save_steps=1)
+    for name, how in (("whole", None), ("behind", stop), ("between", stop)):
+        loaded = load_model(str(here / "model"), "cpu", dtype="float32")
+        examples = text_examples(loaded, read_documents([here / "short.txt"]), 16)
+        with pytest.MonkeyPatch.context() as patch, suppress(StopError):
+            if how:
+                patch.setattr(finetuning, "put_in_place", how)
+            finetuning.finetune(loaded, examples, None, training, here / name)
+    shutil.rmtree(here / ".between.checkpoints" / "checkpoint-2")
+    assert (here / ".behind.checkpoints" / "checkpoint-2" / finetuning.COMPLETE).exists()
 
 
 def a_constraint(here: Path) -> None:
@@ -171,26 +268,42 @@ def recording(engine: str) -> Callable[[Path], None]:
 
 
 EXPORTS = [
-    ["export", "plan.json", "--to", to, "--num-hidden-layers", "4", "-o", f"out/x{suffix}"]
-    for to, suffix in [
-        ("sglang", ".json"),
-        ("tensorrt-llm", ".yaml"),
-        ("vllm", ".json"),
-        ("vllm-ascend", ".json"),
-        ("eplb", ".safetensors"),
+    ["export", "plan.json", "--to", to, *options, "-o", f"out/x{suffix}"]
+    for to, suffix, options in [
+        ("sglang", ".json", ["--num-hidden-layers", "4"]),
+        ("tensorrt-llm", ".yaml", ["--num-hidden-layers", "4"]),
+        ("vllm", ".json", []),
+        ("vllm-ascend", ".json", ["--num-hidden-layers", "4"]),
+        ("eplb", ".safetensors", []),
     ]
 ]
 SHAPE = ["--num-experts", "8", "--top-k", "2", "--num-hidden-layers", "2"]
 FEW = ["--sequences-per-rank", "1", "--sequence-length", "16"]
-TUNE = ["--sequence-length", "16", "--held-out", "short.txt", "--no-plain", "-o", "out/tuned"]
+HELD_OUT = ["--sequence-length", "16", "--held-out", "short.txt"]
+TUNE = [*HELD_OUT, "--no-plain", "-o", "out/tuned"]
+GO_ON = [
+    *("finetune", "model", "--data", "short.txt", *HELD_OUT),
+    *("--steps", "2", "--batch-size", "1", "--save-steps", "1", "--resume", "-o"),
+]
+TASK = """
+task: sums
+dataset_path: json
+dataset_kwargs: {data_files: {test: tasks/sums.jsonl}}
+test_split: test
+output_type: multiple_choice
+doc_to_text: "{{question}}"
+doc_to_choice: "{{choices}}"
+doc_to_target: "{{answer}}"
+metric_list: [{metric: acc}]
+"""
 IMPORT_OF = {"vllm": "vllm", "tensorrt-llm": "tensorrt-llm", "raw": "tensorrt-llm", "megatron": "megatron"}
 TARGETS: dict[str, tuple[Callable[[Path], Any], list[list[str]]]] = {
     "profile": (
-        lambda here: (a_profile(here), a_plan(here)),
+        lambda here: (a_profile(here), a_profile(here, "more.profile", 1), a_plan(here)),
         [
             ["plan", "run.profile", "--ranks", "2", "--strategy", "load", "--kicks", "1", "-o", "out/plan.json"],
             ["evaluate", "plan.json", "run.profile"],
-            ["profile", "merge", "run.profile", "run.profile", "-o", "out/merged.profile"],
+            ["profile", "merge", "run.profile", "more.profile", "-o", "out/merged.profile"],
             ["profile", "split", "run.profile", "--by", "domain", "-o", "out/parts"],
             ["inspect", "run.profile", "plan.json", "--no-study"],
             ["constrain", "run.profile", "--method", "c2r", "--top-t", "3", "-o", "out/lists.safetensors"],
@@ -224,7 +337,41 @@ TARGETS: dict[str, tuple[Callable[[Path], Any], list[list[str]]]] = {
         [
             ["import", "numpy", "r.npy", "--model", "model", "-o", "out/run.profile"],
             ["profile", "model", "--data", "short.txt", "-o", "out/run.profile"],
+            ["codesign", "model", "--data", "short.txt", "--ranks", "2", "--top-t", "3", "-o", "out/both"],
+            [
+                *("codesign", "model", "--data", "short.txt", "--ranks", "2", "--method", "router", "--limit", "1"),
+                *("--rounds", "2", "-o", "out/both"),
+            ],
         ],
+    ),
+    "permuted model": (
+        a_permuted_model,
+        [
+            ["export", "verify", "model", "planned", "--num-tokens", "16"],
+            ["export", "verify", "model", "planned", "--num-tokens", "16", "--data", "short.txt"],
+            ["export", "plan.json", "--to", "checkpoint", "--model", "planned", "--invert", "-o", "out/restored"],
+            ["evaluate", "planned", "run.profile"],
+        ],
+    ),
+    "tuned model": (
+        a_tuned_model,
+        [
+            ["quality", "tuned", "--data", "short.txt"],
+            ["finetune", "tuned", "--constraint", "tuned", "--data", "short.txt", *TUNE],
+        ],
+    ),
+    "stopped recording": (
+        a_stopped_recording,
+        [
+            [
+                *("profile", "model", "--data", "short.txt", "--sequence-length", "16", "--batch-size", "1"),
+                *("--resume", "-o", "run.profile"),
+            ]
+        ],
+    ),
+    "stopped fine-tuning": (
+        a_stopped_tuning,
+        [[*GO_ON, name] for name in ("between", "behind", "whole")],
     ),
     "run": (
         what_runs_a_model,
@@ -241,7 +388,9 @@ TARGETS: dict[str, tuple[Callable[[Path], Any], list[list[str]]]] = {
         [["export", "plan.json", "--to", "checkpoint", "--model", "model", "-o", "out/planned"], EXPORTS[0]],
     ),
     "arrays": (arrays, [["import", "numpy", name, "-o", "out/run.profile"] for name in ("r.npz", "r.npy")]),
-    "texts": (texts, [["texts"]]),
+    "texts": (texts, [["texts", "texts"]]),
+    "dataset": (a_dataset, [["texts", "texts"]]),
+    "tasks": (tasks, [["quality", "model", "--data", "short.txt", "--task", "sums", "--task-folder", "tasks"]]),
     **{
         name: (a_foreign_map(name), [["evaluate", name, "run.profile", "--ranks", "4"]])
         for name in ("map.json", "map.yaml", "ascend.json", "map.npy", "map.pt", "map.safetensors")
@@ -255,6 +404,8 @@ TARGETS: dict[str, tuple[Callable[[Path], Any], list[list[str]]]] = {
     },
 }
 """By kind: what makes valid files, and the commands that read them."""
+NEEDED = {"dataset": "datasets", "tasks": "lm_eval"}
+"""Of optional extras, by kind."""
 
 
 def mutate_bytes(rng: np.random.Generator, data: bytes) -> bytes:
@@ -315,6 +466,21 @@ def changed_json(rng: np.random.Generator, value: Any) -> Any:
     return put(rng, value, every[rng.integers(len(every))], JUNK[rng.integers(len(JUNK))])
 
 
+def changed_arrays(rng: np.random.Generator, held: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """With another name, shape, values or kind for one of them."""
+    name = str(rng.choice(list(held)))
+    choice = rng.integers(4)
+    if choice == 0:
+        held[str(rng.choice(["more", "0_1", "x/../../y"]))] = held.pop(name)
+    elif choice == 1:
+        held[name] = held[name][..., :-1] if held[name].ndim else held[name].reshape(1)
+    elif choice == 2 and held[name].dtype.kind in "iu":
+        held[name] = held[name] + held[name].dtype.type(rng.integers(1, 200))
+    else:
+        held[name] = ODD_ARRAYS[rng.integers(len(ODD_ARRAYS))]
+    return {key: np.ascontiguousarray(value) for key, value in held.items()}
+
+
 def mutate_content(rng: np.random.Generator, path: Path) -> bool:
     """Well-formed, with something unfit in it; False where the file is of no such kind."""
     try:
@@ -331,21 +497,20 @@ def mutate_content(rng: np.random.Generator, path: Path) -> bool:
             value = changed_json(rng, yaml.safe_load(path.read_text()))
             path.write_text(yaml.safe_dump(value, default_flow_style=None))
         elif path.suffix in (".npz", ".safetensors"):
-            held = dict(np.load(path)) if path.suffix == ".npz" else load_file(path)
-            name = str(rng.choice(list(held)))
-            choice = rng.integers(4)
-            if choice == 0:
-                held[str(rng.choice(["more", "0_1", "x/../../y"]))] = held.pop(name)
-            elif choice == 1:
-                held[name] = held[name][..., :-1] if held[name].ndim else held[name].reshape(1)
-            elif choice == 2 and held[name].dtype.kind in "iu":
-                held[name] = held[name] + held[name].dtype.type(rng.integers(1, 200))
-            else:
-                held[name] = ODD_ARRAYS[rng.integers(len(ODD_ARRAYS))]
+            held = changed_arrays(rng, dict(np.load(path)) if path.suffix == ".npz" else load_file(path))
             if path.suffix == ".npz":
                 np.savez(path, **held)
             else:
-                save_file({key: np.ascontiguousarray(value) for key, value in held.items()}, path)
+                save_file(held, path)
+        elif path.name == "checkpoint":  # of a recording: arrays behind their hash, which is made to fit
+            held = parse_safetensors(path.read_bytes()[32:])
+            if rng.integers(2):
+                note = changed_json(rng, json.loads(held["note"].tobytes()))
+                held["note"] = np.frombuffer(json.dumps(note).encode(), np.uint8)
+            else:
+                held = changed_arrays(rng, held)
+            data = to_safetensors(held)
+            path.write_bytes(hashlib.sha256(data).digest() + data)
         elif path.suffix == ".npy":
             np.save(path, ODD_ARRAYS[rng.integers(len(ODD_ARRAYS))])
         elif path.suffix == ".pt":
@@ -366,7 +531,7 @@ def set_trap(rng: np.random.Generator, path: Path) -> None:
     if path.suffix in (".npy", ".npz"):
         np.save(path.with_suffix(".npy"), np.array([Trap()], dtype=object), allow_pickle=True)
         path.with_suffix(".npy").replace(path)
-    elif path.suffix == ".pt" and rng.integers(2):
+    elif path.suffix in (".pt", ".pth", ".bin") and rng.integers(2):
         torch.save({"records": [Trap()], "logical_count": Trap()}, path)
     elif path.suffix in (".yaml", ".json", ".jsonl"):
         depth = int(rng.choice([900, 100_000]))
@@ -408,19 +573,18 @@ def no_longer_than(seconds: int) -> Iterator[None]:
         signal.signal(signal.SIGALRM, before)
 
 
-def read_texts(tokenizer: Any) -> None:
+def read_texts(name: str) -> None:
     """What `coterie profile` does before it has a model."""
     from profiler.batches import make_batches
-    from profiler.documents import read_documents
 
-    for batch in make_batches(read_documents(["texts"]), tokenizer, 32, 4):
+    for batch in make_batches(read_documents([name]), tokenizer(), 32, 4):
         assert batch.input_ids.ndim == 2
 
 
-def read_conversations(tokenizer: Any) -> None:
+def read_conversations(name: str) -> None:
     """What `coterie finetune --instructions` does before it trains."""
-    loaded = LoadedModel("any", None, tokenizer)
-    assert len(instruction_examples(loaded, [Path("chats.jsonl")], 64))
+    loaded = LoadedModel("any", None, tokenizer())
+    assert len(instruction_examples(loaded, [Path(name)], 64))
 
 
 def read_constraint(name: str) -> None:
@@ -428,76 +592,84 @@ def read_constraint(name: str) -> None:
     assert load_constraint(Path(name)).model.num_layers
 
 
-@pytest.fixture(scope="module")
-def tokenizer() -> Any:
-    from transformers import AutoTokenizer
-
-    return AutoTokenizer.from_pretrained(zoo.MODEL)
+READERS = {"texts": read_texts, "conversations": read_conversations, "constraint": read_constraint}
+"""In place of commands that would have to load a model first."""
 
 
-@pytest.fixture(scope="module")
-def valid(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """Valid files of every kind, made once."""
-    out = {}
-    for kind, (make, _) in TARGETS.items():
-        out[kind] = tmp_path_factory.mktemp("valid")
-        make(out[kind])
-    return out
-
-
-def run(command: list[str], tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> int:
-    """Exit code; whatever `main` lets through comes out as it is.  Neither ranks nor training steps are started."""
+def run(command: list[str], monkeypatch: pytest.MonkeyPatch) -> int:
+    """Exit code; whatever `main` lets through comes out as it is.  Ranks are never started, and training steps only
+    where they go on from a checkpoint, which is read then.
+    """
     monkeypatch.setattr(sys, "argv", ["coterie", *command])
     monkeypatch.setattr(runtime_bench, "_run", lambda *_: None)  # as on a rank of torchrun that is not the first
-    monkeypatch.setattr(finetuning, "train", lambda *_, **__: [1.0])
+    if "--resume" not in command:
+        monkeypatch.setattr(finetuning, "train", lambda *_, **__: [1.0])
+    if "--task" in command:  # listing all of the harness's own takes seconds, and it keeps data outside
+        from datasets import config
+        from lm_eval.tasks import TaskManager
+
+        monkeypatch.setattr("lm_eval.tasks.TaskManager", partial(TaskManager, include_defaults=False))
+        monkeypatch.setattr(config, "HF_DATASETS_CACHE", Path.cwd().parent / "cache")
     try:
-        if command[0] in ("texts", "conversations", "constraint"):
-            readers = {"texts": read_texts, "conversations": read_conversations}
-            read = (
-                partial(readers[command[0]], tokenizer)
-                if command[0] in readers
-                else partial(read_constraint, command[1])
-            )
-            monkeypatch.setattr(cli, "app", read)
+        if command[0] in READERS:
+            monkeypatch.setattr(cli, "app", partial(READERS[command[0]], command[1]))
         cli.main()
-    except SystemExit as stop:
-        return int(stop.code or 0)
+    except SystemExit as stopped:
+        return int(stopped.code or 0)
     finally:
         monkeypatch.undo()
     return 0
 
 
-@pytest.mark.parametrize("kind", TARGETS)
-def test_valid_files_are_read(kind, valid, tokenizer, tmp_path, monkeypatch, capsys):
-    """Else the cases below would prove nothing."""
-    shutil.copytree(valid[kind], tmp_path, dirs_exist_ok=True)
-    for command in TARGETS[kind][1]:
-        monkeypatch.chdir(tmp_path)
-        assert run(command, tokenizer, monkeypatch) == 0, capsys.readouterr().err
+ENDINGS = (".partial", ".checkpoints")
+"""Of what a run that was stopped leaves, to be gone on from."""
+
+
+def names_of_output(command: list[str]) -> set[str]:
+    """Those that a command may make, and that a run that was stopped may have left."""
+    name = Path(command[command.index("-o") + 1]).parts[0] if "-o" in command else "out"
+    return {name, *(f"{dot}{name}{ending}" for dot in ("", ".") for ending in ENDINGS)}
 
 
 @pytest.mark.parametrize("kind", TARGETS)
-def test_broken_files_are_one_line(kind, valid, tokenizer, tmp_path, capsys):
-    own = list(TARGETS).index(kind)
+def test_broken_files_are_one_line(kind, tmp_path, capsys):
+    if kind in NEEDED:
+        pytest.importorskip(NEEDED[kind])
+    valid, commands, own = tmp_path / "valid", TARGETS[kind][1], list(TARGETS).index(kind)
+    valid.mkdir()
+    TARGETS[kind][0](valid)
+    for number, command in enumerate(commands):  # else the cases below would prove nothing, and would compile
+        here = shutil.copytree(valid, tmp_path / f"valid-{number}")
+        with pytest.MonkeyPatch.context() as patch:
+            patch.chdir(here)
+            with pytest.MonkeyPatch.context() as inner:
+                assert run(command, inner) == 0, capsys.readouterr().err
     for case in range(own, NUM_CASES, len(TARGETS)):
-        here = tmp_path / str(case)
-        shutil.copytree(valid[kind], here)
-        fuzz(case, TARGETS[kind][1], here, tokenizer, capsys)
+        here = shutil.copytree(valid, tmp_path / str(case))
+        fuzz(case, commands[case // len(TARGETS) % len(commands)], here, capsys)
         shutil.rmtree(here)
 
 
-def fuzz(case: int, commands: list[list[str]], here: Path, tokenizer: Any, capsys: Any) -> None:
+def test_the_normal_run_meets_every_command():
+    assert 300 // len(TARGETS) >= max(len(commands) for _, commands in TARGETS.values())
+
+
+def fuzz(case: int, command: list[str], here: Path, capsys: Any) -> None:
     rng = np.random.default_rng(case)
-    command = commands[rng.integers(len(commands))]
     files = sorted(path for path in here.rglob("*") if path.is_file() and not path.name.endswith(".provenance.json"))
-    read = [path for path in files if any(path.is_relative_to(here / word) for word in command if word)]
+    own = names_of_output(command)
+    read = [
+        path
+        for path in files
+        if any(path.is_relative_to(here / word) for word in command) or path.relative_to(here).parts[0] in own
+    ]
     path = read[rng.integers(len(read))]
     how = rng.integers(10)
     if how == 0:
         set_trap(rng, path)
     elif how < 4 or not mutate_content(rng, path):
         path.write_bytes(mutate_bytes(rng, path.read_bytes()))
-    if how > 6 and path.parent.name == "run.profile" and path.name != "profile.json":
+    if how > 6 and path.parent.suffix == ".profile" and path.name != "profile.json":
         sign_again(rng, path.parent)
     before = contents(here)
     (here / "out").mkdir()
@@ -505,17 +677,22 @@ def fuzz(case: int, commands: list[list[str]], here: Path, tokenizer: Any, capsy
         patch.chdir(here)
         try:
             with pytest.MonkeyPatch.context() as inner:
-                code = run(command, tokenizer, inner)
+                code = run(command, inner)
         except BaseException as error:
             raise AssertionError(f"case {case}, {' '.join(command)}, {path.name}: {error!r}") from error
     said = capsys.readouterr().err
     assert code in (0, 1), (case, said)
     after = contents(here)
     assert not (here / "was-run").exists(), case
-    assert {name: data for name, data in after.items() if not name.startswith("out/")} == before, case
     if code == 1:
         errors = [line for line in said.splitlines() if line.startswith("error: ")]
         assert len(errors) == 1, (case, said)
         assert said.rstrip("\n").endswith(errors[0]), (case, said)
-        assert not [name for name in after if name.startswith("out/")], (case, said)
-        assert not list((here / "out").glob(".*")), case
+        assert after == before, (case, said)  # what a stopped run has left is there to be mended, or to be removed
+        assert not list((here / "out").iterdir()), (case, said)
+    else:
+        rest, was = (
+            {name: files[name] for name in files if Path(name).parts[0] not in own} for files in (after, before)
+        )
+        assert rest == was, case
+        assert not [path.name for path in here.iterdir() if path.name in own and path.name.endswith(ENDINGS)], case

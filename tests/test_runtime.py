@@ -13,7 +13,7 @@ from torch.distributed.device_mesh import init_device_mesh
 
 from placement.cost import evaluate
 from placement.placement_map import PlacementMap
-from placement.runtime.agreement import require_fit, require_same_map
+from placement.runtime.agreement import require_fit, require_same
 from placement.runtime.exchange import Pairs, index_hop, make_route, plan_sizes
 from placement.runtime.experts import IMPLEMENTATIONS, Options, build_implementations, installed
 from placement.runtime.launch import run_on_ranks
@@ -350,7 +350,8 @@ def index_and_walk(rank, _device, _arguments):
             assert (rows, pairs) == (len(theirs.rows_to[rank]), len(theirs.pairs_to[rank]))
     route = make_route(dist.group.WORLD, num_ranks // 2, hierarchical=True, wire_dtype=None, meter=Meter())
     of_a_mesh = dist.new_group()
-    require_same_map(PlacementMap.linear(bare_experts(32, torch.float32)[1], topology(num_ranks, per_rank)), of_a_mesh)
+    linear = PlacementMap.linear(bare_experts(32, torch.float32)[1], topology(num_ranks, per_rank))
+    require_same(linear, Options(), of_a_mesh)
     for group in (dist.group.WORLD, of_a_mesh, *(hop.group for hop in route.hops)):
         assert group._get_backend(torch.device("cpu")).options._timeout == LONGEST_WAIT
     return {}
@@ -402,6 +403,18 @@ def test_a_map_that_differs_between_ranks_is_refused():
     message = "rank 1 has the placement map [0-9a-f]{8}, rank 0 has [0-9a-f]{8}; give all"
     with pytest.raises(CoterieError, match=message):
         run_on_ranks(other_map_on_rank_one, 2, {})
+
+
+def other_options_on_rank_one(rank, _device, _arguments):
+    layer, spec = bare_experts(32, torch.float32)
+    built([layer], permutation_map(spec, 2, seed=1), Meter(), options=Options("hierarchical" if rank else "flat"))
+    return {}
+
+
+def test_options_that_differ_between_ranks_are_refused():
+    message = r"rank 1 has other options than rank 0, such as rank [01]'s Options\(mode=.*\); give all ranks the same"
+    with pytest.raises(CoterieError, match=message):
+        run_on_ranks(other_options_on_rank_one, 2, {})
 
 
 def wire_in_16_bits(rank, _device, _arguments):

@@ -168,6 +168,9 @@ def codesign(
     """
     from placement.constraints.codesign import Round, alternate, best
     from placement.constraints.config import FILE_NAME, to_bytes
+    from placement.constraints.lists import require_size
+    from placement.constraints.pruning import limit_ranks
+    from placement.placement_map import PlacementMap
     from placement.solvers import Options
     from placement.solvers import plan as make_plan
     from placement.topology import Topology
@@ -179,11 +182,17 @@ def codesign(
     require_writable_parent(out / FILE_NAME)
     if method is Method.SIMILARITY:
         raise CoterieError("--method similarity: co-design takes c2r or router; give one of them")
+    _require_at_least(2, "--max-tokens", max_tokens)
+    documents = read_documents(data or [zoo.CALIBRATION])
     loaded = load_model(model, device)
     spec = read_spec(loaded.model, loaded.name)
     topology = Topology.for_experts(spec.num_experts, ranks, nodes)
     _require_options(method, spec, top_t, limit, nodes=False, similarity=None)
-    batches = loaded.batches(read_documents(data or [zoo.CALIBRATION]), 256, 8, max_tokens)
+    if top_t is not None:
+        require_size(top_t, spec)
+    if limit is not None:
+        limit_ranks(PlacementMap.linear(spec, topology), limit)  # whose ranks hold as many experts as the plan's
+    batches = loaded.batches(documents, 256, 8, max_tokens)
 
     so_far: list[Round] = []
 
@@ -279,8 +288,11 @@ def finetune(
     )
     if data and instructions:
         raise CoterieError("--data and --instructions: give one of them")
+    _require_at_least(2, "--sequence-length", sequence_length)
+    _require_at_least(2, "--held-out-tokens", held_out_tokens)
     require_own_folder(out, resume=resume)  # whose name the others have
     unseen = read_documents(held_out or [zoo.HELD_OUT])
+    documents = [] if instructions else read_documents(data or [zoo.CALIBRATION])
     runs: dict[str, tuple[Any, Path]] = {}
     if limited is not None:
         if plain:
@@ -292,6 +304,10 @@ def finetune(
         require_own_folder(folder, resume=resume)
     any_begun = any(begun(folder) for _, folder in runs.values())  # if none is, going on is refused
     loaded = load_model(model, device, dtype="float32")
+    if instructions:
+        examples = instruction_examples(loaded, instructions, sequence_length)
+    else:
+        examples = text_examples(loaded, documents, sequence_length)
     measured = {"as it was": _measure(loaded, None, unseen, held_out_tokens)}
     if limited is not None:
         measured[f"as it was, {limited.name}"] = _measure(loaded, limited, unseen, held_out_tokens)
@@ -299,10 +315,6 @@ def finetune(
         for name, (its_constraint, folder) in runs.items():
             del loaded  # so that the next one finds its place free
             loaded = load_model(model, device, dtype="float32")
-            if instructions:
-                examples = instruction_examples(loaded, instructions, sequence_length)
-            else:
-                examples = text_examples(loaded, read_documents(data or [zoo.CALIBRATION]), sequence_length)
             notes.print(f"{name}: {len(examples):,} sequences, {steps:,} steps of {batch_size}")
             with progress_bar("steps") as advance_to:
                 run_finetune(
@@ -353,6 +365,9 @@ def quality(
     for option, value in (("--task-folder", task_folder), ("--task-limit", task_limit)):
         if value is not None and not task:
             raise CoterieError(f"{option} {value}: is for tasks; give --task too, or leave it out")
+    _require_at_least(2, "--max-tokens", max_tokens)
+    if task_limit is not None:
+        _require_at_least(1, "--task-limit", task_limit)
     unseen = read_documents(data or [zoo.HELD_OUT])
     given = load(constraint) if constraint else None
     own = {folder: load(Path(folder)) for folder in models or () if (Path(folder) / FILE_NAME).is_file()}
@@ -383,6 +398,11 @@ def quality(
     finally:  # what was measured is shown, whatever failed behind it
         if measured:
             _show(measured, as_json)
+
+
+def _require_at_least(low: int, option: str, value: int) -> None:
+    if value < low:
+        raise CoterieError(f"{option} {value}: must be at least {low}")
 
 
 def _measure(

@@ -105,7 +105,7 @@ def bench(
         maps[path.stem] = placement
     if replay and (model or data):
         raise CoterieError("--replay runs no model on texts; leave --model and --data out")
-    if not replay and (hidden_size or expert_size or layers):
+    if not replay and any(value is not None for value in (hidden_size, expert_size, layers)):
         raise CoterieError("--hidden-size, --expert-size and --layers are of a replay; give --replay or leave them out")
     settings = Settings(
         kind=workload.value,

@@ -1,4 +1,5 @@
 """`constrain`: a model whose routers select under a constraint, until the `with` block ends.
+Knows no map, and makes no constraint itself: `lists.py` and `pruning.py` do.
 
 A hook on each router takes its logits and puts another selection, with the model's own weights for it, in the place of
 the router's: the model's code and weights stay as they are, and what runs after the routers (transformers' experts, the
@@ -7,6 +8,7 @@ bundled runtime) sees the constrained selection.  A hook on the model lets the a
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -46,10 +48,14 @@ def constrain(model: nn.Module, constraint: Constraint | None) -> Iterator[None]
     finally:
         for handle in handles:
             handle.remove()
+        if handles:
+            _forget_compiled()
 
 
 def apply(model: nn.Module, constraint: Constraint) -> list[RemovableHandle]:
     """Constrain a model until the returned handles are removed; `constrain` does that by itself.
+
+    After removing them, a model that is compiled stays constrained until `torch.compiler.reset()`.
 
     Raises:
         CoterieError: as `constrain`.
@@ -68,7 +74,14 @@ def apply(model: nn.Module, constraint: Constraint) -> list[RemovableHandle]:
         router.module.register_forward_hook(selection) for router, selection in zip(routers, selections, strict=True)
     ]
     handles.append(model.register_forward_hook(_AuxiliaryLoss(selections), with_kwargs=True))
+    _forget_compiled()
     return handles
+
+
+def _forget_compiled() -> None:
+    """Let models be compiled anew, if any is: code that was compiled before does not see that hooks came or went."""
+    if "torch._dynamo" in sys.modules:  # which takes a second to import
+        torch.compiler.reset()
 
 
 class _Selection:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shutil
 import warnings
 from collections.abc import Callable, Iterator
@@ -19,7 +20,7 @@ from placement.constraints.constrain import Constraint, balance_settings, constr
 from placement.constraints.examples import Examples, collate
 from profiler.errors import CoterieError, first_line
 from profiler.families import find_moe_layers
-from profiler.files import put_in_place, read_json, require_writable_parent, write_json
+from profiler.files import put_in_place, read_json, require_writable_parent, sync, write_json
 from profiler.loading import LoadedModel
 
 Part = Literal["all", "experts"]
@@ -67,8 +68,8 @@ class Training:
                 raise CoterieError(f"{name.replace('_', ' ')} {getattr(self, name)}: must be at least {low}")
         if self.dtype not in DTYPES:
             raise CoterieError(f"dtype {self.dtype!r}: must be one of {', '.join(DTYPES)}; weights learn in float32")
-        if not self.learning_rate > 0:
-            raise CoterieError(f"learning rate {self.learning_rate}: must be above 0")
+        if not 0 < self.learning_rate < math.inf:
+            raise CoterieError(f"learning rate {self.learning_rate}: must be a number above 0")
         if self.micro_batch_size is not None and (self.micro_batch_size < 1 or self.batch_size % self.micro_batch_size):
             raise CoterieError(
                 f"micro batch size {self.micro_batch_size}: must divide the batch size, {self.batch_size}"
@@ -95,8 +96,8 @@ def train(
         resume: go on from the last one in it.
 
     Raises:
-        CoterieError: the constraint does not fit the model, the model cannot learn as it is loaded, or there is nothing
-            to go on from.
+        CoterieError: the constraint does not fit the model, the model cannot learn as it is loaded, there is nothing to
+            go on from, or a loss or a gradient is no number.
     """
     from transformers import Trainer, TrainerCallback, TrainerState
     from transformers.trainer_utils import get_last_checkpoint
@@ -120,10 +121,19 @@ def train(
             # Trainer would look for packed experts by name, find none, warn, and go on with the weights it was given.
             _load_weights(self.model, resume_from_checkpoint)
 
+        def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+            with _readable(checkpoint):
+                super()._load_optimizer_and_scheduler(checkpoint)
+
+        def _load_rng_state(self, checkpoint: str | None) -> None:
+            with _readable(checkpoint):
+                super()._load_rng_state(checkpoint)
+
         def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
             folder = work / f"checkpoint-{self.state.global_step}"
             try:
                 super()._save_checkpoint(*args, **kwargs)
+                sync(file for file in folder.rglob("*") if file.is_file())
                 (folder / COMPLETE).touch()
             except (OSError, RuntimeError, SafetensorError) as error:  # each library has its own for a full disk
                 shutil.rmtree(folder, ignore_errors=True)
@@ -132,6 +142,12 @@ def train(
     class Steps(TrainerCallback):  # type: ignore[misc]
         def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
             if logs and "loss" in logs:
+                for name in ("loss", "grad_norm"):
+                    if not math.isfinite(logs.get(name, 0.0)):
+                        raise CoterieError(
+                            f"{name} {logs[name]} at step {state.global_step}: the training diverged; give a smaller "
+                            "--learning-rate"
+                        )
                 on_step(state.global_step, training.steps, logs["loss"])
 
     checkpoint = None
@@ -141,7 +157,8 @@ def train(
                 shutil.rmtree(folder)
         checkpoint = get_last_checkpoint(str(work))
     if checkpoint is not None:
-        state = TrainerState.load_from_json(str(Path(checkpoint) / "trainer_state.json"))
+        with _readable(checkpoint):
+            state = TrainerState.load_from_json(str(Path(checkpoint) / "trainer_state.json"))
         if state.global_step >= training.steps:  # killed behind the last step; Trainer would take another one
             _load_weights(model, checkpoint)
             return _losses(state)
@@ -179,6 +196,7 @@ def _arguments(training: Training, work: Path, *, on_cpu: bool) -> Any:
         save_steps=training.save_steps or 500,
         save_total_limit=2,
         logging_steps=1,
+        logging_nan_inf_filter=False,  # it would log 0 in their place
         report_to="none",
         disable_tqdm=True,
         use_cpu=on_cpu,
@@ -271,24 +289,36 @@ def finetune(
         _require_same_run(work, run, "remove that folder")
     else:
         shutil.rmtree(work, ignore_errors=True)
-    write_json(work / RUN_FILE, run)
-    losses = train(loaded.model, examples, constraint, training, work, resume=resume, on_step=on_step)
     unfinished = out.with_name(f".{out.name}.partial")
     shutil.rmtree(unfinished, ignore_errors=True)
+    try:
+        write_json(work / RUN_FILE, run)
+        losses = train(loaded.model, examples, constraint, training, work, resume=resume, on_step=on_step)
+        _write(loaded, constraint, {**run, "losses": losses}, unfinished, out)
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
+        if not unfinished_steps(out):  # nothing to go on from
+            shutil.rmtree(work, ignore_errors=True)
+    (work / RUN_FILE).unlink(missing_ok=True)  # first, so that a run that is killed here is known to be done
+    shutil.rmtree(work, ignore_errors=True)
+    return out
+
+
+def _write(
+    loaded: LoadedModel, constraint: Constraint | None, run: dict[str, Any], unfinished: Path, out: Path
+) -> None:
+    """Write a model and what it was made by, and give the folder its name when all of it is there."""
     try:
         loaded.model.save_pretrained(unfinished)
         loaded.tokenizer.save_pretrained(unfinished)
         if constraint is not None:
             save(constraint, unfinished / FILE_NAME)
-        write_json(unfinished / RUN_FILE, {**run, "losses": losses})
+        write_json(unfinished / RUN_FILE, run)
         put_in_place(unfinished, out)
-    except SafetensorError as error:  # from the disk, which it names inside
+    except CoterieError:
+        raise
+    except Exception as error:  # each library has its own for a disk that is full
         raise CoterieError(f"{out}: cannot be written ({first_line(error)}); free some space") from error
-    finally:
-        shutil.rmtree(unfinished, ignore_errors=True)
-    (work / RUN_FILE).unlink()  # first, so that a run that is killed here is known to be done
-    shutil.rmtree(work, ignore_errors=True)
-    return out
 
 
 def checkpoint_folder(out: Path) -> Path:
@@ -307,8 +337,22 @@ def unfinished_steps(out: Path) -> int:
 
 def _load_weights(model: Any, folder: Path | str) -> None:
     """Those of a saved model, which has experts one by one, into one that may have them packed."""
-    stored = type(model).from_pretrained(folder, dtype=model.dtype)
-    model.load_state_dict(stored.state_dict())
+    with _readable(folder):
+        stored, found = type(model).from_pretrained(folder, dtype=model.dtype, output_loading_info=True)
+        if found["missing_keys"]:
+            raise ValueError(f"it has no {min(found['missing_keys'])}")
+        model.load_state_dict(stored.state_dict())
+
+
+@contextmanager
+def _readable(folder: Path | str | None) -> Iterator[None]:
+    """Say in one line what any library finds wrong with a folder that training wrote."""
+    try:
+        yield
+    except Exception as error:
+        raise CoterieError(
+            f"{folder}: cannot be read ({first_line(error)}); remove it, and go on or begin anew"
+        ) from error
 
 
 def _require_same_run(work: Path, run: dict[str, Any], anew: str) -> None:
@@ -329,11 +373,11 @@ def _trainable(model: nn.Module, part: Part) -> Iterator[None]:
         if part == "experts":
             model.requires_grad_(False)
             for layer in find_moe_layers(model):
-                block = model.get_submodule(layer.name.rpartition(".")[0])
                 layer.experts.requires_grad_(True)
-                for name in ("gate", "router"):
-                    if name in dict(block.named_children()):
-                        block.get_submodule(name).requires_grad_(True)
+                for block in map(model.get_submodule, (layer.name, layer.name.rpartition(".")[0])):
+                    for name, module in block.named_children():
+                        if name in ("gate", "router"):
+                            module.requires_grad_(True)
         yield
     finally:
         for name, parameter in model.named_parameters():

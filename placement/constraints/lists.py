@@ -40,17 +40,16 @@ class CollaboratorLists:
     source: Mapping[str, Any]
 
     def __post_init__(self) -> None:
-        experts, top_k = self.model.num_experts, self.model.top_k
+        experts = self.model.num_experts
         if self.lists.ndim != 3 or self.lists.shape[:2] != (self.model.num_layers, experts):
             raise CoterieError(f"lists {self.lists.shape}: must be (layers, experts, T) of {self.model.describe()}")
-        _require_size(self.lists.shape[2], self.model)
+        require_size(self.lists.shape[2], self.model)
         with_self = np.concatenate([self.lists, np.arange(experts)[None, :, None].repeat(len(self.lists), 0)], axis=2)
         in_order = np.sort(with_self, axis=2)
         if in_order.min() < 0 or in_order.max() >= experts or (in_order[..., 1:] == in_order[..., :-1]).any():
             raise CoterieError(
                 f"lists: each must name other experts below {experts}, each once; make them with `coterie constrain`"
             )
-        assert top_k >= 1
 
     @property
     def size(self) -> int:
@@ -70,7 +69,12 @@ class CollaboratorLists:
         return allowed
 
 
-def _require_size(size: int, model: MoESpec) -> None:
+def require_size(size: int, model: MoESpec) -> None:
+    """Check that lists may have T experts.
+
+    Raises:
+        CoterieError: T is below K-1 or above E-1.
+    """
     low, high = max(model.top_k - 1, 0), model.num_experts - 1
     if not low <= size <= high:
         raise CoterieError(
@@ -94,7 +98,7 @@ def collaborator_lists(profile: Profile, size: int) -> CollaboratorLists:
     Raises:
         CoterieError: `size` is below K-1 or above E-1, or the profile holds no co-activation.
     """
-    _require_size(size, profile.model)
+    require_size(size, profile.model)
     together = _coactivation(profile)
     together[:, np.arange(together.shape[1]), np.arange(together.shape[1])] = -1  # itself comes last
     lists = np.argsort(-together, axis=2, kind="stable")[:, :, :size]
@@ -111,7 +115,7 @@ def device_aware_lists(profile: Profile, placement: PlacementMap, size: int) -> 
         CoterieError: `size` is below K-1 or above E-1, the map is for another model, or the profile holds no
             co-activation.
     """
-    _require_size(size, profile.model)
+    require_size(size, profile.model)
     placement.require_model(profile.model)
     together_LEE = _coactivation(profile)
     lists = np.stack(

@@ -30,12 +30,20 @@ class Perplexity:
     @property
     def of_domain(self) -> dict[str, float]:
         """Exp of the mean nats of each domain."""
-        return {domain: math.exp(nats / self.tokens[domain]) for domain, nats in self.nats.items()}
+        return {domain: _exp(nats / self.tokens[domain]) for domain, nats in self.nats.items()}
 
     @property
     def overall(self) -> float:
         """Exp of the mean nats over all tokens."""
-        return math.exp(sum(self.nats.values()) / sum(self.tokens.values()))
+        return _exp(sum(self.nats.values()) / sum(self.tokens.values()))
+
+
+def _exp(nats: float) -> float:
+    """Infinite from some 700 nats on, as of a model that a constraint has broken."""
+    try:
+        return math.exp(nats)
+    except OverflowError:
+        return math.inf
 
 
 @torch.no_grad()

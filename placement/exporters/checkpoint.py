@@ -15,6 +15,8 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from placement.exporters.permutation import find_edits, renumberings
 from placement.exporters.shards import read_header, rewrite
 from placement.placement_map import PlacementMap
@@ -149,7 +151,7 @@ def _require_new(target: Path, source: Path) -> None:
 def _require_state(source: Path, placement: PlacementMap, invert: bool) -> None:
     if invert:
         applied = read_permuted_map(source)
-        if (applied.physical_to_logical_map != placement.physical_to_logical_map).any():
+        if not np.array_equal(applied.physical_to_logical_map, placement.physical_to_logical_map):
             raise CoterieError(f"{source}: was permuted by another plan, in its {MAP_FILE}; give that one")
     elif (source / MAP_FILE).exists():
         raise CoterieError(

@@ -75,7 +75,7 @@ def find_edits(
         CoterieError: a layer of the plan has no experts or router that are known, or another layer has some.
     """
     stack = _stack_of_experts([tensor.name for tensor in tensors])
-    edits, seen = [], _Seen({layer: set() for layer in layers}, {layer: {} for layer in layers}, set())
+    edits, seen = [], _Seen({layer: set() for layer in layers}, {layer: {} for layer in layers})
     for tensor in tensors:
         found = re.fullmatch(re.escape(stack) + r"(\d+)\.(.*)", tensor.name)
         if not found:
@@ -94,11 +94,10 @@ def find_edits(
 
 @dataclass(frozen=True)
 class _Seen:
-    """What every layer was found to have: kinds of tensors, the experts of each numbered tensor, blocks of experts."""
+    """What every layer was found to have: kinds of tensors, and the experts of each numbered tensor."""
 
     kinds: dict[int, set[str]]
     experts: dict[int, dict[str, set[int]]]
-    blocks: set[str]
 
     def require_all(self, num_experts: int) -> None:
         for layer, kinds in self.kinds.items():
@@ -148,8 +147,12 @@ def _edit(tensor: Tensor, rest: str, layer: int, new: Renumbering, num_experts: 
         return Edit(tensor.name.removesuffix(rest) + renamed)
     whole = [axis for axis, size in enumerate(tensor.shape) if size == num_experts]
     if PACKED.fullmatch(rest) and not ROUTER_PARTS & set(parts):
+        if len(tensor.shape) == 1 and any("norm" in part for part in parts):  # of values, which all experts share
+            return Edit(tensor.name)
         seen.kinds[layer].add("experts")
-        if tensor.shape and tensor.shape[0] % num_experts == 0 and tensor.shape[0]:
+        # What has several rows an expert is a matrix; a vector of several values an expert may be anything else.
+        stacked = len(tensor.shape) > 1 and tensor.shape[0] and tensor.shape[0] % num_experts == 0
+        if stacked or tensor.shape == (num_experts,):
             return Edit(tensor.name, 0, new.old_of_new)
         if all(size == 1 for size in tensor.shape):  # one scale for all experts
             return Edit(tensor.name)

@@ -1,4 +1,5 @@
 """What maps buy in a real expert-parallel run, beside transformers' own: outputs checked, bytes and times measured.
+Knows no solver, and times nothing itself: each rank does, in `trials.py`.
 
 Each batch is run by all cases in turns within each repeat, so that a drift of the machine's speed meets them all.  A
 case is timed twice a repeat: once as it is, for the total, and once with all ranks waiting for each other before
@@ -13,8 +14,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
+
 from placement.placement_map import PlacementMap
-from placement.runtime.launch import run_as_rank, run_on_ranks, started_by_torchrun
+from placement.runtime.launch import joined_by_torchrun, run_as_rank, run_on_ranks, started_by_torchrun
 from placement.runtime.network import hosts
 from placement.runtime.results import PEER, BenchResult, BenchRun
 from placement.runtime.summary import joined
@@ -77,10 +80,6 @@ class Settings:
         for mode in self.modes:
             if mode not in MODES:
                 raise CoterieError(f"mode {mode!r}: must be one of {', '.join(MODES)}")
-        if self.kind == "decode" and self.steps >= self.sequence_length:
-            raise CoterieError(
-                f"{self.steps} steps: must be fewer than the {self.sequence_length} tokens of a sequence"
-            )
 
     @property
     def steps_of_a_pass(self) -> int:
@@ -117,6 +116,52 @@ def bench(
     settings = settings or Settings()
     if not maps:
         raise CoterieError("no placement map to bench; give at least 1")
+    if replay is None and settings.kind == "decode" and settings.steps >= settings.sequence_length:
+        raise CoterieError(
+            f"{settings.steps} steps: must be fewer than the {settings.sequence_length} tokens of a sequence"
+        )
+    for name, placement in maps.items():
+        _require_modes(name, placement, settings.modes)
+    # First of all: ranks wait for each other to join for seconds only, and models take as long as they take.
+    with joined_by_torchrun() as device:
+        name, tasks = _tasks(maps, model, documents, replay, settings)
+        runs: list[BenchRun] = []
+        for task in tasks:
+            ranks = _run(task, settings.network, device)
+            if ranks is None:
+                return None
+            backend = ranks[0]["backend"]
+            for at, count in enumerate(settings.sequences_per_rank):
+                runs.append(joined(task, ranks, at, settings.tokens_per_step(count)))
+        return BenchResult(
+            name, settings.kind, replay is not None, backend, settings.network, settings.repeats, tuple(runs)
+        )
+
+
+def _require_modes(name: str, placement: PlacementMap, modes: Sequence[str]) -> None:
+    """Check that each way to exchange is one of its own on a map.
+
+    Raises:
+        CoterieError: it would be the flat one, measured again.
+    """
+    num_nodes, per_node = placement.topology.num_nodes, placement.topology.ranks_per_node
+    for mode in modes:
+        if MODES[mode].mode == "hierarchical" and min(num_nodes, per_node) == 1:
+            what = "1 node" if num_nodes == 1 else f"{num_nodes} nodes of 1 rank"
+            raise CoterieError(
+                f"--mode {mode}: the plan {name} has {what}, where it is the flat exchange; plan with --nodes, for "
+                "several nodes of several ranks"
+            )
+
+
+def _tasks(
+    maps: Mapping[str, PlacementMap],
+    model: str | None,
+    documents: Sequence[Document],
+    replay: Path | None,
+    settings: Settings,
+) -> tuple[str, list[Task]]:
+    """The model's name, and what is to be run one after the other; says what is wrong before anything is started."""
     profile = Profile.load_from(replay) if replay else None
     full: list[list[int]] = []
     if profile is not None:
@@ -141,21 +186,11 @@ def bench(
             f"maps for {len(together)} topologies: under torchrun the ranks are given, bench one at a time"
         )
     tasks = [_task(group, settings, model, replay, full) for group in together.values()]
-    for task in tasks:
-        if profile is not None:  # say what is wrong before anything is started
+    if profile is not None:
+        for task in tasks:
             num_ranks = task.maps["linear"].topology.num_ranks
             cut_replay(spec, profile.require_tokens(), num_ranks * max(task.num_tokens), settings.num_layers, task.seed)
-    runs: list[BenchRun] = []
-    for task in tasks:
-        ranks = _run(task, settings.network)
-        if ranks is None:
-            return None
-        backend = ranks[0]["backend"]
-        for at, count in enumerate(settings.sequences_per_rank):
-            runs.append(joined(task, ranks, at, settings.tokens_per_step(count)))
-    return BenchResult(
-        name, settings.kind, profile is not None, backend, settings.network, settings.repeats, tuple(runs)
-    )
+    return name, tasks
 
 
 def _full_sequences(loaded: LoadedModel, documents: Sequence[Document], length: int, needed: int) -> list[list[int]]:
@@ -220,12 +255,13 @@ def _prepared(placement: PlacementMap, settings: Settings, replaying: bool) -> P
     return PlacementMap(replace(model, dtype="float32"), topology, slots, placement.solver)
 
 
-def _run(task: Task, network: str | None) -> list[dict[str, Any]] | None:
+def _run(task: Task, network: str | None, device: torch.device | None) -> list[dict[str, Any]] | None:
+    """All ranks' results; on a rank that torchrun started, which has a device, those of rank 0 only."""
     topology, arguments = task.maps["linear"].topology, {"task": task}
-    if started_by_torchrun():
+    if device is not None:
         if network:
             raise CoterieError("--network makes hosts on one machine; under torchrun the hosts are there, leave it out")
-        return run_as_rank(run_task, arguments)
+        return run_as_rank(run_task, device, arguments)
     if network is None:
         return run_on_ranks(run_task, topology.num_ranks, arguments)
     with hosts(topology.num_nodes, network, topology.ranks_per_node) as made:

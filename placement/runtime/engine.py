@@ -1,4 +1,5 @@
 """Inside transformers' own engine: models loaded with a `DistributedConfig` run expert-parallel as a map says.
+Loads no model, and knows no other engine.
 
     engine = register(PlacementMap.load_from(Path("plan.json")))
     model = AutoModelForCausalLM.from_pretrained(
@@ -26,7 +27,7 @@ from torch.distributed.tensor import DTensor
 from transformers.distributed.expert_parallel import EPImplementationInterface
 
 from placement.placement_map import PlacementMap
-from placement.runtime.agreement import require_fit, require_same_map
+from placement.runtime.agreement import require_fit, require_same
 from placement.runtime.exchange import Route
 from placement.runtime.experts import CoterieEP, Groups, Options
 from placement.runtime.meter import Meter
@@ -68,10 +69,12 @@ class Engine:
         """The next layer's implementation.
 
         Raises:
-            CoterieError: the map is for other ranks or experts, or another rank has another map.
+            CoterieError: the map is for other ranks or experts, or another rank has another map or other options.
         """
-        config = getattr(experts, "config", None)  # which all layers of one model share
-        if self.layers and config is not getattr(self.layers[0].experts, "config", None):
+        # All layers of one model share its mesh, and most its config.
+        config = getattr(experts, "config", None)
+        first = self.layers[0] if self.layers else None
+        if first and (ep_mesh is not first.ep_mesh or config is not getattr(first.experts, "config", None)):
             self.layers = []
         model, num_ranks = self.placement.model, ep_mesh.size()
         require_fit(self.placement, max(model.num_layers, len(self.layers) + 1), num_ranks)
@@ -80,7 +83,7 @@ class Engine:
         if shape != expected:
             raise CoterieError(f"the map is for (experts, hidden size, expert size) {expected}, this model has {shape}")
         if not self.layers:
-            require_same_map(self.placement, ep_mesh.get_group(), ep_mesh.device_type)
+            require_same(self.placement, self.groups.options, ep_mesh.get_group(), ep_mesh.device_type)
         layer, rank = len(self.layers), ep_mesh.get_local_rank()
         slots = SlotChoice(self.placement, layer, rank, self.groups.options.choice)
         route = self.groups.route(ep_mesh.get_group(), self.placement, slots.slots_per_rank)
@@ -89,9 +92,10 @@ class Engine:
         return placed
 
     def restore(self) -> None:
-        """Put the experts back in file order, as before saving the model; the next forward pass places them again.
+        """Put the experts back in file order, as before reading them; the next forward pass places them again.
 
-        All ranks call it together.
+        All ranks call it together, and not between a backward pass and the optimizer's step: gradients stay where they
+        are.  `state_dict` and `load_state_dict` are in file order by themselves.
         """
         for layer in self.layers:
             layer.restore()
@@ -119,6 +123,8 @@ class PlacedExperts(CoterieEP):
         self._to_slots = Resharding(self._contiguous, wanted, ep_mesh.get_group())
         self._is_placed = wanted == self._contiguous
         self._copied: dict[str, torch.Tensor] = {}
+        experts.register_load_state_dict_pre_hook(lambda *_: self.restore())
+        experts.register_state_dict_post_hook(lambda *arguments: self._write_in_file_order(*arguments))
 
     def weights(self) -> Mapping[str, torch.Tensor]:
         """The weights of the experts in this rank's slots, which change places on the first call."""
@@ -135,9 +141,32 @@ class PlacedExperts(CoterieEP):
     def restore(self) -> None:
         """Put the experts back in file order."""
         self._copied = {}
-        if self._permutes and self._is_placed and self.slots.logical_of_rank != self._contiguous:
-            self._exchange_in_place(Resharding(self.slots.logical_of_rank, self._contiguous, self.ep_mesh.get_group()))
+        if self._is_out_of_order:
+            self._exchange_in_place(self._to_file_order())
             self._is_placed = False
+
+    @property
+    def _is_out_of_order(self) -> bool:
+        return self._permutes and self._is_placed and self.slots.logical_of_rank != self._contiguous
+
+    def _to_file_order(self) -> Resharding:
+        return Resharding(self.slots.logical_of_rank, self._contiguous, self.ep_mesh.get_group())
+
+    @torch.no_grad()
+    def _write_in_file_order(self, experts: nn.Module, state: dict[str, Any], prefix: str, _metadata: Any) -> None:
+        """Copies in the place of what is in another order: an optimizer's step may follow, for weights as they are."""
+        if not self._is_out_of_order:
+            return
+        plan = self._to_file_order()
+        for name, weight in experts._parameters.items():
+            if weight is None:
+                continue
+            held, key = state[prefix + name], prefix + name
+            state[key] = part = self._exchanged(held, plan)
+            if isinstance(held, DTensor):
+                state[key] = DTensor.from_local(
+                    part, held.device_mesh, held.placements, shape=held.shape, stride=held.stride()
+                )
 
     def _copies(self) -> Mapping[str, torch.Tensor]:
         held = _local(self.experts)
@@ -155,23 +184,24 @@ class PlacedExperts(CoterieEP):
         if fsdp is not None:
             fsdp.reshard()  # its full tensors are made anew for each pass, and may have less precision
         for weight in self.experts._parameters.values():
-            if weight is None:
-                continue
-            part = weight.to_local() if isinstance(weight, DTensor) else weight.detach()
-            same_experts = _mesh_of_copies(weight)
-            if same_experts is None:
-                part.copy_(plan(part))
-                continue
-            size, at = same_experts.size(), same_experts.get_local_rank()
-            rows = -(-self.num_local_experts // size)
-            padded = part.new_zeros((rows, *part.shape[1:]))
-            padded[: len(part)] = part
-            gathered = part.new_empty((size * rows, *part.shape[1:]))
-            dist.all_gather_single(gathered, padded, group=same_experts.get_group())
-            placed = plan(gathered[: self.num_local_experts])
-            part.copy_(placed[at * rows :][: len(part)])
+            if weight is not None:
+                _part(weight).copy_(self._exchanged(weight, plan))
         if fsdp is not None:
             fsdp.unshard()
+
+    def _exchanged(self, weight: torch.Tensor, plan: Resharding) -> torch.Tensor:
+        """What a rank's part of a weight becomes."""
+        part, same_experts = _part(weight), _mesh_of_copies(weight)
+        if same_experts is None:
+            return plan(part)
+        size, at = same_experts.size(), same_experts.get_local_rank()
+        rows = -(-self.num_local_experts // size)
+        padded = part.new_zeros((rows, *part.shape[1:]))
+        padded[: len(part)] = part
+        gathered = part.new_empty((size * rows, *part.shape[1:]))
+        dist.all_gather_single(gathered, padded, group=same_experts.get_group())
+        placed = plan(gathered[: self.num_local_experts])
+        return placed[at * rows :][: len(part)]
 
 
 def _local(experts: nn.Module) -> dict[str, torch.Tensor]:
@@ -180,6 +210,11 @@ def _local(experts: nn.Module) -> dict[str, torch.Tensor]:
         for name, weight in experts._parameters.items()
         if weight is not None
     }
+
+
+def _part(weight: torch.Tensor) -> torch.Tensor:
+    """Written to without telling autograd: a forward pass may be about to use it, and does so afterwards."""
+    return (weight.to_local() if isinstance(weight, DTensor) else weight).data
 
 
 def _mesh_of_copies(weight: torch.Tensor) -> DeviceMesh | None:

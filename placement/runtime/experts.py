@@ -1,4 +1,6 @@
-"""Two ways to bring the experts of each rank their tokens: coterie's, and transformers' own as the peer."""
+"""Two ways to bring the experts of each rank their tokens: coterie's, and transformers' own as the peer.
+Knows nothing of a model but its experts modules, and not how these compute: `grouped.py` does.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +17,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard
 from transformers.distributed.expert_parallel import AllToAllEP, EPImplementation
 
 from placement.placement_map import PlacementMap
-from placement.runtime.agreement import require_fit, require_same_map
+from placement.runtime.agreement import require_fit, require_same
 from placement.runtime.exchange import Pairs, Route, combine, dispatch, index_hop, make_route, plan_sizes
 from placement.runtime.grouped import run_experts
 from placement.runtime.meter import Meter
@@ -231,12 +233,13 @@ def build_implementations(
         layers: of a model that is whole on every rank, as `find_moe_layers` gives them, or of bare experts modules.
 
     Raises:
-        CoterieError: the map has other layers or ranks, another rank has another map, or a family keeps its experts in
-            a way that cannot be cut.
+        CoterieError: the map has other layers or ranks, another rank has another map or other options, or a family
+            keeps its experts in a way that cannot be cut.
     """
     require_fit(placement, len(layers), ep_mesh.size())
-    require_same_map(placement, ep_mesh.get_group(), next(layers[0].experts.parameters()).device)
-    groups = Groups(options or Options(), meter)
+    options = options or Options()
+    require_same(placement, options, ep_mesh.get_group(), next(layers[0].experts.parameters()).device)
+    groups = Groups(options, meter)
     rank = ep_mesh.get_local_rank()
     implementations = []
     for index, layer in enumerate(layers):

@@ -1,4 +1,6 @@
-"""The experts of one rank on rows that arrived: one gather, one grouped matrix product a projection."""
+"""The experts of one rank on rows that arrived: one gather, one grouped matrix product a projection.
+Knows no map and no other rank.
+"""
 
 from __future__ import annotations
 
@@ -25,7 +27,7 @@ def run_experts(
         num_slots: of this rank.
     """
     if not hasattr(experts, "has_gate"):
-        return _one_by_one(experts, weights, hidden, pairs)
+        return _one_by_one(experts, weights, hidden, pairs, num_slots)
     slot, order = torch.sort(pairs.slot.to(torch.int16 if num_slots < 2**15 else torch.int64), stable=True)
     slot, row = slot.long(), pairs.row.index_select(0, order)
     counts = torch.zeros(num_slots, dtype=torch.int64, device=slot.device).scatter_add_(0, slot, torch.ones_like(slot))
@@ -100,12 +102,16 @@ def _groups(ends: list[int]) -> Iterator[tuple[int, int, int]]:
 
 
 def _one_by_one(
-    experts: nn.Module, weights: Mapping[str, torch.Tensor], hidden: torch.Tensor, pairs: Pairs
+    experts: nn.Module, weights: Mapping[str, torch.Tensor], hidden: torch.Tensor, pairs: Pairs, num_slots: int
 ) -> torch.Tensor:
     """For modules that do not say how they are computed: each pair is a token with one expert for their own forward."""
     values = hidden.index_select(0, pairs.row)
     ids, factors = pairs.slot.unsqueeze(1), pairs.weight.to(hidden.dtype).unsqueeze(1)
     if not len(values):  # a loop over no experts would leave all of these out of the backward pass, and others waiting
         return hidden * 0 + sum(part.sum() * 0 for part in (factors, *weights.values()))
-    values = torch.func.functional_call(experts, dict(weights), (values, ids, factors))
+    # The module as it would be with these weights, which FSDP does not let be copied.  Its class's forward, since its
+    # own may be what called this.
+    local: Any = object.__new__(type(experts))
+    vars(local).update(vars(experts), _parameters=dict(weights), num_experts=num_slots)
+    values = type(local).forward(local, values, ids, factors)
     return torch.zeros_like(hidden).index_add(0, pairs.row, values)

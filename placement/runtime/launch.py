@@ -76,26 +76,36 @@ def started_by_torchrun() -> bool:
     return "TORCHELASTIC_RUN_ID" in os.environ
 
 
-def run_as_rank(worker: Worker, arguments: dict[str, Any]) -> list[dict[str, Any]] | None:
-    """Run a function as the rank that torchrun started this process as; all ranks call it together.
+@contextmanager
+def joined_by_torchrun() -> Iterator[torch.device | None]:
+    """Be the rank that torchrun started this process as, while inside; None in place of its device if it did not."""
+    if started_by_torchrun():
+        with joined() as device:
+            yield device
+    else:
+        yield None
+
+
+def run_as_rank(worker: Worker, device: torch.device, arguments: dict[str, Any]) -> list[dict[str, Any]] | None:
+    """Run a function as the rank that this process has joined a group as; all ranks call it together.
 
     Returns:
         What each rank returned, on rank 0; None on the others.
     """
-    with joined() as device:
-        rank = dist.get_rank()
-        mine = torch.frombuffer(bytearray(json.dumps(worker(rank, device, arguments)).encode()), dtype=torch.uint8)
-        size = torch.tensor([len(mine)], device=device)
-        sizes = size.new_empty(dist.get_world_size())
-        dist.all_gather_single(sizes, size)
-        longest = int(sizes.max())
-        padded = torch.zeros(longest, dtype=torch.uint8, device=device)
-        padded[: len(mine)] = mine.to(device)
-        gathered = padded.new_empty((len(sizes), longest))
-        dist.all_gather_single(gathered.view(-1), padded)
-        if rank:
-            return None
-        return [json.loads(bytes(row[:end].tolist())) for row, end in zip(gathered.cpu(), sizes.tolist(), strict=True)]
+    rank = dist.get_rank()
+    dist.barrier()  # waits for whoever still loads a model, as long as it takes; new groups do not
+    mine = torch.frombuffer(bytearray(json.dumps(worker(rank, device, arguments)).encode()), dtype=torch.uint8)
+    size = torch.tensor([len(mine)], device=device)
+    sizes = size.new_empty(dist.get_world_size())
+    dist.all_gather_single(sizes, size)
+    longest = int(sizes.max())
+    padded = torch.zeros(longest, dtype=torch.uint8, device=device)
+    padded[: len(mine)] = mine.to(device)
+    gathered = padded.new_empty((len(sizes), longest))
+    dist.all_gather_single(gathered.view(-1), padded)
+    if rank:
+        return None
+    return [json.loads(bytes(row[:end].tolist())) for row, end in zip(gathered.cpu(), sizes.tolist(), strict=True)]
 
 
 @contextmanager

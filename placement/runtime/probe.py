@@ -1,4 +1,6 @@
-"""How fast a group's links and ranks are, measured before anything is benched, so that times can be predicted."""
+"""How fast a group's links and ranks are, measured before anything is benched, so that times can be predicted.
+Knows no map, and predicts nothing itself: `placement/timing.py` does.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""The slow, obvious account of one dispatch: what the exchange must send, token by token, on one process."""
+"""The slow, obvious account of one dispatch: what the exchange must send, token by token, on one process.
+Knows neither torch nor the exchange that tests hold against it.
+"""
 
 from __future__ import annotations
 

@@ -49,7 +49,8 @@ class BenchRow:
         remote_rows_per_token: those that left their rank, on all hops.
         bytes_sent: counted by this program, dispatch and combine, without what ranks keep for themselves.
         wire_bytes: the part of it that went to other hosts; all of it where there is one.
-        interface_bytes: sent by the hosts' interfaces, as the system counts; None where it does not.
+        interface_bytes: sent by the hosts' interfaces, as the system counts; None where it does not, or where hosts
+            are not the plan's nodes.
         least_bytes: of the wire's, what this map needs at the least: rows that went over it x hidden size x width,
             both ways.
         dispatch: to the experts' ranks, indices and sizes included.

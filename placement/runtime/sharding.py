@@ -1,4 +1,6 @@
-"""Experts' weights to the ranks whose slots hold them: cut from a whole module, or exchanged between ranks."""
+"""Experts' weights to the ranks whose slots hold them: cut from a whole module, or exchanged between ranks.
+Knows no tokens, and of a map only which experts each rank holds.
+"""
 
 from __future__ import annotations
 

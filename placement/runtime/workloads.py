@@ -1,4 +1,5 @@
 """What `coterie bench` runs on each rank: a model on text, or recorded routing through experts of random weights.
+Knows no map, and times nothing.
 
 A workload has one or more steps: one forward pass over all tokens (prefill), or many over a few (decode).  All ranks
 have tokens of their own.
