@@ -101,6 +101,8 @@ class Reservoir:
             arrays = dict(state)
             self._places = [arrays.pop("places")]
             self._traces = [TokenTrace(**arrays)]
+            if self._places[0].shape != (self._traces[0].num_tokens,):
+                raise ValueError(f"places {self._places[0].shape} of {self._traces[0].num_tokens} tokens")
             self._held = len(self._places[0])
             self._shrink()
 
@@ -371,6 +373,8 @@ class ProfileWriter:
             require_hash(self._unfinished / name, expected)
         self._tally.restore(group("tally"))
         self._sketch = RowSketch(**group("sketch"))
+        if self._sketch.hashes.ndim != 1 or self._sketch.hashes.shape != self._sketch.counts.shape:
+            raise ValueError(f"hashes {self._sketch.hashes.shape} of {self._sketch.counts.shape} rows")
         pending = group("pending")
         self._pending = [TokenTrace(**pending)] if pending else []
         for part in self._pending:

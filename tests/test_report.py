@@ -85,6 +85,8 @@ def test_the_page_is_self_contained(profile, planned, tmp_path):
     for name in ("linear", "random", "load", "search"):
         assert f"<td>{name}</td>" in page
     assert "1.50" in page
+    assert "prefill on 4 ranks (gloo, through one machine&#39;s memory), 512 tokens a rank" in page
+    assert "bound method" not in page
     for question in answers(insight_of(profile, planned)).values():
         assert question.question in page
     assert [path.name for path in tmp_path.iterdir()] == ["report.html"]

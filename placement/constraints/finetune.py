@@ -169,7 +169,15 @@ def train(
             model=model, args=arguments, train_dataset=examples, data_collator=collate, callbacks=[Steps()]
         )
         trainer.remove_callback(_printer())
-        trainer.train(resume_from_checkpoint=checkpoint)
+        try:
+            trainer.train(resume_from_checkpoint=checkpoint)
+        except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
+            if checkpoint is None or isinstance(error, CoterieError) or "memory" in str(error):
+                raise
+            # What was read may still not fit these weights, which only a step shows.
+            raise CoterieError(
+                f"{checkpoint}: does not fit this run ({first_line(error)}); remove it, and go on or begin anew"
+            ) from error
     if use_cache is None:
         del model.config.use_cache
     else:
