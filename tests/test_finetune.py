@@ -19,6 +19,7 @@ from placement.constraints.examples import NO_LABEL, Example, Examples, collate,
 from placement.constraints.finetune import (
     Training,
     _arguments,
+    _readable,
     _require_trainable,
     _trainable,
     checkpoint_folder,
@@ -341,3 +342,18 @@ def test_a_full_disk_is_one_line_and_leaves_whole_checkpoints(tokenizer, tmp_pat
     with pytest.raises(CoterieError, match=r"checkpoint-2: cannot be written .*; free some space"):
         weights_after(tokenizer, tmp_path / "out")
     assert not checkpoint_folder(tmp_path / "out").exists()
+
+
+def test_a_checkpoint_is_only_blamed_for_its_own_faults():
+    def fail(error, is_at_fault=True):
+        with _readable("checkpoint-2", lambda: is_at_fault):
+            raise error
+
+    with pytest.raises(CoterieError, match=r"checkpoint-2: cannot be read \(no such key\); remove it"):
+        fail(ValueError("no such key"))
+    for other in (RuntimeError("CUDA out of memory"), MemoryError(), CoterieError("loss nan at step 3")):
+        with pytest.raises(type(other)) as caught:
+            fail(other)
+        assert caught.value is other  # removing the checkpoint would not help
+    with pytest.raises(ValueError, match="later"):
+        fail(ValueError("later"), is_at_fault=False)

@@ -25,6 +25,7 @@ from safetensors import SafetensorError
 from safetensors.numpy import load as parse_safetensors
 from safetensors.numpy import load_file, save_file
 from safetensors.numpy import save as to_safetensors
+from test_constraints_cli import TASK
 from test_engine_mistakes import ENGINES, write_valid
 from test_report import bench_result
 from tiny_models import tiny_model
@@ -181,7 +182,7 @@ def tasks(here: Path) -> None:
     (here / "tasks").mkdir()
     records = [{"question": f"{n} and 1 is", "choices": [f" {n + 1}", " no"], "answer": 0} for n in range(2)]
     (here / "tasks" / "sums.jsonl").write_text("\n".join(map(json.dumps, records)))
-    (here / "tasks" / "sums.yaml").write_text(TASK)
+    (here / "tasks" / "sums.yaml").write_text(TASK.replace("FILE", "tasks/sums.jsonl"))
 
 
 class StopError(BaseException):
@@ -285,17 +286,6 @@ GO_ON = [
     *("finetune", "model", "--data", "short.txt", *HELD_OUT),
     *("--steps", "2", "--batch-size", "1", "--save-steps", "1", "--resume", "-o"),
 ]
-TASK = """
-task: sums
-dataset_path: json
-dataset_kwargs: {data_files: {test: tasks/sums.jsonl}}
-test_split: test
-output_type: multiple_choice
-doc_to_text: "{{question}}"
-doc_to_choice: "{{choices}}"
-doc_to_target: "{{answer}}"
-metric_list: [{metric: acc}]
-"""
 IMPORT_OF = {"vllm": "vllm", "tensorrt-llm": "tensorrt-llm", "raw": "tensorrt-llm", "megatron": "megatron"}
 TARGETS: dict[str, tuple[Callable[[Path], Any], list[list[str]]]] = {
     "profile": (

@@ -121,14 +121,6 @@ def train(
             # Trainer would look for packed experts by name, find none, warn, and go on with the weights it was given.
             _load_weights(self.model, resume_from_checkpoint)
 
-        def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-            with _readable(checkpoint):
-                super()._load_optimizer_and_scheduler(checkpoint)
-
-        def _load_rng_state(self, checkpoint: str | None) -> None:
-            with _readable(checkpoint):
-                super()._load_rng_state(checkpoint)
-
         def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
             folder = work / f"checkpoint-{self.state.global_step}"
             try:
@@ -140,7 +132,10 @@ def train(
                 raise CoterieError(f"{folder}: cannot be written ({first_line(error)}); free some space") from error
 
     class Steps(TrainerCallback):  # type: ignore[misc]
+        taken = 0
+
         def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+            self.taken += 1
             if logs and "loss" in logs:
                 for name in ("loss", "grad_norm"):
                     if not math.isfinite(logs.get(name, 0.0)):
@@ -165,19 +160,14 @@ def train(
     # Trainer turns it off, and it would be off in what is written; models that also see have it elsewhere.
     use_cache = getattr(model.config, "use_cache", None)
     with _trainable(model, training.part), _repeatable(), constrain(model, constraint):
+        steps = Steps()
         trainer = TrainerOfExperts(
-            model=model, args=arguments, train_dataset=examples, data_collator=collate, callbacks=[Steps()]
+            model=model, args=arguments, train_dataset=examples, data_collator=collate, callbacks=[steps]
         )
         trainer.remove_callback(_printer())
-        try:
+        # Until the first step is taken: what was read may not fit these weights, which only a step shows.
+        with _readable(checkpoint, lambda: checkpoint is not None and not steps.taken):
             trainer.train(resume_from_checkpoint=checkpoint)
-        except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
-            if checkpoint is None or isinstance(error, CoterieError) or "memory" in str(error):
-                raise
-            # What was read may still not fit these weights, which only a step shows.
-            raise CoterieError(
-                f"{checkpoint}: does not fit this run ({first_line(error)}); remove it, and go on or begin anew"
-            ) from error
     if use_cache is None:
         del model.config.use_cache
     else:
@@ -353,11 +343,16 @@ def _load_weights(model: Any, folder: Path | str) -> None:
 
 
 @contextmanager
-def _readable(folder: Path | str | None) -> Iterator[None]:
-    """Say in one line what any library finds wrong with a folder that training wrote."""
+def _readable(folder: Path | str | None, is_at_fault: Callable[[], bool] = lambda: True) -> Iterator[None]:
+    """Say in one line what any library finds wrong with a folder that training wrote.
+
+    Never of one that is whole: not where memory lacks, or something else is at fault.
+    """
     try:
         yield
     except Exception as error:
+        if isinstance(error, (CoterieError, MemoryError)) or "memory" in str(error) or not is_at_fault():
+            raise
         raise CoterieError(
             f"{folder}: cannot be read ({first_line(error)}); remove it, and go on or begin anew"
         ) from error
