@@ -8,20 +8,17 @@ being the largest of noisier figures, so intervals are moved back by how far the
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 
 import numpy as np
 import numpy.typing as npt
 import pandas as pd
 
-from placement.choice import choose_ranks, ranks_of_experts
-from placement.cost import imbalance, mixed_order
+from placement.cost import FIGURES, imbalance, serving_ranks
 from placement.placement_map import PlacementMap
 from profiler.trace import TokenTrace
 
 Floats = npt.NDArray[np.float64]
-
-FIGURES = ("busiest_ingress", "fan_out", "imbalance_ratio")
 
 
 def bootstrap(
@@ -75,8 +72,7 @@ def _figures(placement: PlacementMap, tokens: TokenTrace, weights_BS: Floats) ->
     length_B = weights_BS @ np.bincount(place_T)
     num_ranks = placement.topology.num_ranks
     sums = {name: np.zeros(len(weights_BS)) for name in FIGURES}
-    for ids_TK, ranks_TK in zip(tokens.topk_ids, serving_ranks(placement, tokens), strict=True):
-        assert len(ids_TK) == len(ranks_TK)
+    for ranks_TK in serving_ranks(placement, tokens):
         reached_SR, load_SR = np.zeros((2, len(sequences), num_ranks))
         served_TR = np.zeros((len(ranks_TK), num_ranks + 1), dtype=np.int64)  # the last one gathers no expert
         np.add.at(served_TR, (np.arange(len(ranks_TK))[:, None], ranks_TK), 1)
@@ -89,33 +85,3 @@ def _figures(placement: PlacementMap, tokens: TokenTrace, weights_BS: Floats) ->
         sums["fan_out"] += ingress_BR.sum(axis=1)
         sums["imbalance_ratio"] += imbalance(load_BR)
     return {name: total / len(tokens.topk_ids) for name, total in sums.items()}
-
-
-def serving_ranks(placement: PlacementMap, tokens: TokenTrace) -> Iterator[npt.NDArray[np.int64]]:
-    """The rank that serves each pick, for each layer int64 (T, K), -1 for no expert; copies as `cost.evaluate` has it.
-
-    One layer at a time: all of them take eight times the memory of the profile.
-    """
-    topology = placement.topology
-    order = mixed_order(tokens.num_tokens)
-    layers = zip(tokens.topk_ids, tokens.picked, placement.physical_to_logical_map, strict=True)
-    for ids_TK, picked_TK, slots_P in layers:
-        ranks_EX = ranks_of_experts(slots_P, placement.model.num_experts, topology.slots_per_rank)
-        experts_TK = np.where(picked_TK, ids_TK.astype(np.int64), -1)[order]  # -1 does not fit the ids' own type
-        load = np.zeros(topology.num_ranks)
-        out_TK = np.empty(ids_TK.shape, dtype=np.int64)
-        out_TK[order] = choose_ranks(experts_TK, np.ascontiguousarray(ranks_EX), topology.ranks_per_node, load)
-        yield out_TK
-
-
-def fan_out_counts(placement: PlacementMap, tokens: TokenTrace) -> npt.NDArray[np.int64]:
-    """Tokens by the number of distinct ranks that serve them, int64 (L, 1 + min(K, R)); a row's sum is T."""
-    most = min(placement.model.top_k, placement.topology.num_ranks)
-    rows = []
-    for ranks_TK in serving_ranks(placement, tokens):
-        ranks_TK = np.sort(ranks_TK, axis=1)
-        distinct_T = (ranks_TK[:, :1] >= 0).sum(axis=1) + (
-            (ranks_TK[:, 1:] != ranks_TK[:, :-1]) & (ranks_TK[:, 1:] >= 0)
-        ).sum(axis=1)
-        rows.append(np.bincount(distinct_T, minlength=1 + most))
-    return np.stack(rows)

@@ -10,6 +10,8 @@ Per source rank, as SGLang's static dispatch: a rank always sends an expert's to
 
 from __future__ import annotations
 
+from typing import Literal
+
 import numba
 import numpy as np
 import numpy.typing as npt
@@ -18,6 +20,9 @@ from placement.placement_map import EMPTY_SLOT
 from placement.topology import Topology
 
 Int64s = npt.NDArray[np.int64]
+
+Choice = Literal["token", "source"]
+"""Who chooses among the copies of an expert: each token, or each source rank once and for all."""
 
 
 def ranks_of_experts(slots_P: Int64s, num_experts: int, slots_per_rank: int) -> Int64s:

@@ -10,7 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from placement.cost import Choice, evaluate, summarise
+from placement.choice import Choice
+from placement.cost import evaluate, summarise
 from placement.placement_map import PlacementMap
 from placement.solvers import ALWAYS_COMPARED, Options, layer_problems, plan, plan_layers, require_strategy
 from placement.timing import Mode, Workload, time_of
@@ -21,6 +22,7 @@ from profiler.spec import MoESpec
 from profiler.trace import TokenTrace
 
 LOSS_TO_WARN_OF = 0.05
+"""Share by which busiest_ingress may be higher on unseen sequences than on planned ones before text is too little."""
 
 WORTH_IT_FROM = 0.03
 """A plan that is not this much better than load-only on traffic it has not seen is not worth deploying."""

@@ -4,15 +4,15 @@ Knows no solver, no links and no seconds.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import numba
 import numpy as np
 import numpy.typing as npt
 
-from placement.choice import choose, first_load, nearest_ranks, ranks_of_experts
+from placement.choice import Choice, choose, choose_ranks, first_load, nearest_ranks, ranks_of_experts
 from placement.placement_map import PlacementMap
 from profiler.trace import TokenTrace
 
@@ -20,8 +20,11 @@ FloatsL = npt.NDArray[np.float64]
 FloatsLR = npt.NDArray[np.float64]
 
 
-Choice = Literal["token", "source"]
-"""Who chooses among the copies of an expert; see `choice.py`."""
+FIGURES = ("busiest_ingress", "fan_out", "imbalance_ratio")
+"""Attributes of `Metrics` that plans are judged by, as means over layers."""
+
+SUMMARISED = ("fan_out", "busiest_ingress", "imbalance_ratio", "intra_share", "node_fan_out", "busiest_node_ingress")
+"""Attributes of `Metrics` that its summary has, in the order of tables."""
 
 
 @dataclass(frozen=True)
@@ -82,9 +85,6 @@ def imbalance(load: npt.NDArray[Any]) -> npt.NDArray[np.float64]:
     return np.where(mean > 0, most / np.where(mean > 0, mean, 1), 1.0)
 
 
-SUMMARISED = ("fan_out", "busiest_ingress", "imbalance_ratio", "intra_share", "node_fan_out", "busiest_node_ingress")
-
-
 def summarise(values_L: FloatsL, worst: Any = np.max) -> dict[str, float | None]:
     """Mean over layers and the worst layer; None where they are not defined."""
     return {"mean": _finite(np.mean(values_L)), "worst": _finite(worst(values_L))}
@@ -142,6 +142,36 @@ def evaluate(
             }
         )
     return Metrics(**{name: np.array([layer[name] for layer in layers]) for name in layers[0]})
+
+
+def serving_ranks(placement: PlacementMap, tokens: TokenTrace) -> Iterator[npt.NDArray[np.int64]]:
+    """The rank that serves each pick, for each layer int64 (T, K), -1 for no expert; copies as `evaluate` has it.
+
+    One layer at a time: all of them take eight times the memory of the profile.
+    """
+    topology = placement.topology
+    order = mixed_order(tokens.num_tokens)
+    layers = zip(tokens.topk_ids, tokens.picked, placement.physical_to_logical_map, strict=True)
+    for ids_TK, picked_TK, slots_P in layers:
+        ranks_EX = ranks_of_experts(slots_P, placement.model.num_experts, topology.slots_per_rank)
+        experts_TK = np.where(picked_TK, ids_TK.astype(np.int64), -1)[order]  # -1 does not fit the ids' own type
+        load = np.zeros(topology.num_ranks)
+        out_TK = np.empty(ids_TK.shape, dtype=np.int64)
+        out_TK[order] = choose_ranks(experts_TK, np.ascontiguousarray(ranks_EX), topology.ranks_per_node, load)
+        yield out_TK
+
+
+def fan_out_counts(placement: PlacementMap, tokens: TokenTrace) -> npt.NDArray[np.int64]:
+    """Tokens by the number of distinct ranks that serve them, int64 (L, 1 + min(K, R)); a row's sum is T."""
+    most = min(placement.model.top_k, placement.topology.num_ranks)
+    rows = []
+    for ranks_TK in serving_ranks(placement, tokens):
+        ranks_TK = np.sort(ranks_TK, axis=1)
+        distinct_T = (ranks_TK[:, :1] >= 0).sum(axis=1) + (
+            (ranks_TK[:, 1:] != ranks_TK[:, :-1]) & (ranks_TK[:, 1:] >= 0)
+        ).sum(axis=1)
+        rows.append(np.bincount(distinct_T, minlength=1 + most))
+    return np.stack(rows)
 
 
 def mixed_order(num_tokens: int) -> npt.NDArray[np.int64]:

@@ -32,8 +32,13 @@ from profiler.folder import sources
 from profiler.profile import Profile
 
 MAX_LAYERS_STUDIED = 4
+"""Layers, at equal distances, that a study plans for; all would take hours."""
+
 NUM_SIZES = 6
+"""Amounts of text that a study plans from, each half of the next."""
+
 MAX_DOMAINS_STUDIED = 12
+"""The largest domains, so many of which get plans of their own in a study."""
 
 
 @dataclass(frozen=True)
@@ -191,7 +196,11 @@ def planned_and_measured(
     part of its profile, or one that was united with others, that half is not known, so that it counts as seen.
     """
     if held_out is not None:
-        return profile, held_out, placement.profile_digest in sources(held_out.digest, held_out.provenance)
+        seen = placement.profile_digest in sources(held_out.digest, held_out.provenance) or (
+            placement.profile_digest == profile.digest
+            and held_out.digest in sources(profile.digest, profile.provenance)
+        )
+        return profile, held_out, seen
     tokens = profile.require_tokens()
     if len(np.unique(tokens.sequence_ids)) < 2:
         return profile, profile, placement.profile_digest in sources(profile.digest, profile.provenance)

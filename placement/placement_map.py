@@ -18,7 +18,10 @@ from profiler.files import read_json, to_json_bytes, write_bytes
 from profiler.spec import MoESpec
 
 SCHEMA_VERSION = 1
+"""Of the map's file; another one is refused."""
+
 EMPTY_SLOT = -1
+"""In the place of an expert, where a slot holds none."""
 
 
 def slots_of_ranks(rank_of_expert: npt.NDArray[np.int64], topology: Topology) -> npt.NDArray[np.int64]:

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 import pandas as pd
 
-from placement.cost import evaluate
+from placement.cost import FIGURES, evaluate
 from placement.placement_map import EMPTY_SLOT, PlacementMap
 from profiler.analysis import total_coactivation, total_load
 from profiler.profile import Profile
@@ -21,10 +21,10 @@ from profiler.trace import TokenTrace
 Planner = Callable[[Profile], PlacementMap]
 """A plan from a profile with token sets: the whole recipe but the data."""
 
-FIGURES = ("busiest_ingress", "fan_out", "imbalance_ratio")
 TOLERANCE = 0.01
 """A size is enough if it and all larger ones stay within this share of the figure of all tokens."""
 FEWEST_TOKENS = 250
+"""The smallest amount of text that is planned from."""
 
 
 def convergence(

@@ -18,8 +18,14 @@ from placement.timing import time_of
 Tone = Literal["good", "unsure", "bad", "plain"]
 
 MARKED_MODULARITY = 0.3
+"""Mean modularity from which groups are called marked."""
+
 LITTLE_MODULARITY = 0.05
+"""Mean modularity below which there are hardly any groups to place together."""
+
 NOTICEABLE_REGRET = 0.05
+"""Share of busiest_ingress that the plan may cost a domain, over the domain's own plan, before the answer is unsure."""
+
 MUCH_IMBALANCE = 0.15
 """More imbalance_ratio than the peer's from which less traffic may not pay, where links are not known."""
 NAMED = 4

@@ -36,7 +36,11 @@ from profiler.spec import MoESpec
 from profiler.trace import TokenTrace
 
 SCHEMA_VERSION = 1
+"""Of `profile.json`; another one is refused."""
+
 TOKENS_PER_SHARD = 65_536
+"""Tokens whose sets one file holds; the last file may hold fewer."""
+
 CHECKPOINT = "checkpoint"
 """In the folder of an unfinished recording: all that it needs to go on."""
 

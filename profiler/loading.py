@@ -22,7 +22,10 @@ from profiler.files import temporary_folder
 from profiler.spec import MoESpec
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
+"""Types in which `load_model` takes weights; `auto` is as they were saved."""
+
 DEVICE_MAPS = ("auto", "balanced", "balanced_low_0", "sequential")
+"""transformers' names for ways to spread a model over accelerators."""
 
 
 @dataclass(frozen=True)

@@ -21,6 +21,7 @@ PALETTE = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#F
 
 
 MARKERS = ("o", "^", "s", "D")
+"""Of points, the next one where the palette begins anew."""
 
 
 def series_style(place: int) -> dict[str, Any]:

@@ -83,7 +83,7 @@ def profile_model(
     }
     told = {**run, "seed": seed, "max_traced_tokens": max_traced_tokens}
     done = _stored(out) if resume and not unfinished_folder(out).exists() else None
-    if done is not None and told.items() <= done.provenance.items():
+    if done is not None and all(done.provenance.get(key, value) == value for key, value in told.items()):
         remove_remains(behind_link(out), ["counts.safetensors", *done.shards])
         on_progress(batches.num_tokens, batches.num_tokens)
         return done

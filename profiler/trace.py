@@ -14,7 +14,12 @@ import numpy.typing as npt
 from profiler.errors import CoterieError
 from profiler.spec import MoESpec
 
-PREFILL, DECODE = 0, 1
+PREFILL = 0
+"""In `TokenTrace.phase`: a token of a prompt."""
+
+DECODE = 1
+"""In `TokenTrace.phase`: a token that was generated."""
+
 MAX_DOMAINS = 255
 """Domain labels are stored in 8 bits."""
 
@@ -156,7 +161,11 @@ def _row_hashes(ids_LTK: Ids) -> npt.NDArray[np.uint64]:
 
 
 SKETCH_SIZE = 1024
+"""Rows that are counted at a time; one that more than 1 in 1,024 tokens has is never missed."""
+
 ROW_IS_DUMMY_FROM = 0.01
+"""Share of all tokens from which one row of picks is taken for dummy tokens."""
+
 _PLENTY_OF_ROWS = 40.0  # bits
 
 

@@ -41,8 +41,10 @@ from profiler.spec import MoESpec
 from profiler.trace import RowSketch, TokenTrace
 
 CHECKPOINT_SECONDS = 10.0
+"""Age of the last checkpoint, in seconds, from which another is written."""
+
 CHECKPOINT_SHARE = 0.02
-"""A checkpoint is written when the last one is this old, and at most this share of the time goes into them."""
+"""Of the time, what goes into checkpoints at most."""
 
 TOKENS_PER_COUNT = 16_384
 """Passes are counted together: the counters come into the fastest memory once for all of them."""
@@ -354,6 +356,8 @@ class ProfileWriter:
         except (OSError, SafetensorError) as error:
             raise CoterieError(f"{path}: cannot be read ({error}); record again") from error
         own = json.loads(json.dumps(self._run))
+        if missing := own.keys() - note["run"].keys():
+            raise KeyError(min(missing))  # of another version
         for key in sorted(own.keys() | note["run"].keys()):
             if own.get(key) != note["run"].get(key):
                 before, now = (json.dumps(run.get(key)) for run in (note["run"], own))

@@ -322,14 +322,15 @@ def test_two_hops_that_would_be_one_are_refused(recorded, num_ranks, num_nodes, 
             bench({"reversed": reversed_map(num_ranks, num_nodes)}, replay=recorded, settings=settings)
 
 
-@pytest.mark.parametrize("option", ["--layers", "--hidden-size", "--expert-size"])
-def test_no_layers_and_sizes_are_of_a_replay_too(option, tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize("option", ["--layers", "--hidden-size", "--expert-size", "--seed", "--steps"])
+def test_options_that_would_be_ignored_are_refused_at_any_value(option, tmp_path, monkeypatch, capsys):
     reversed_map().save(tmp_path / "plan.json")
     monkeypatch.setattr(sys, "argv", ["coterie", "bench", str(tmp_path / "plan.json"), option, "0"])
     with pytest.raises(SystemExit) as stop:
         main()
     assert stop.value.code == 1
-    assert "--layers are of a replay; give --replay or leave them out" in capsys.readouterr().err
+    wanted = "of decoding; give --workload decode" if option == "--steps" else "of a replay; give --replay"
+    assert f"{option} 0: is {wanted}, or leave it out" in capsys.readouterr().err
 
 
 def test_maps_of_other_models_and_profiles_without_sizes_are_refused(recorded, tmp_path):

@@ -210,6 +210,7 @@ MISTAKES = {
         ["inspect", "{bad}/ok.profile", "--held-out", "{bad}/nowhere"],
         "is to measure a plan on",
     ),
+    "study of no plan": (["inspect", "{bad}/ok.profile", "--no-study"], "--study and --no-study: are of a plan"),
     "report over the plan": (
         ["report", "{bad}/ok.profile", "{bad}/own.json", "-o", "{bad}/own.json"],
         "would be written over",
@@ -267,6 +268,10 @@ MISTAKES = {
     "checkpoint into a full folder": (
         ["export", "{bad}/own.json", "--to", "checkpoint", "--model", "{bad}/wrong", "-o", "{bad}/dense"],
         "not an empty folder",
+    ),
+    "seed of no random tokens": (
+        ["export", "verify", "{bad}/wrong", "{bad}/wrong", "--data", "texts", "--seed", "1"],
+        "--seed 1: is of random tokens",
     ),
     "verification of an original": (["export", "verify", "{bad}/wrong", "{bad}/wrong"], "coterie did not permute it"),
     "missing map": (["bench", "{bad}/nowhere.json"], "no such file"),
@@ -534,6 +539,16 @@ def test_planning_with_everything(monkeypatch, capsys, bad):
     assert run(monkeypatch, "evaluate", bad / "plan.json", bad / "ok.profile", "--choice", "source") == 0
 
 
+@pytest.mark.parametrize("choice", ["token", "source"])
+def test_both_maps_are_measured_with_the_same_choice(monkeypatch, capsys, bad, choice):
+    spec = Profile.load_from(bad / "ok.profile").model
+    copied = PlacementMap.linear(spec, Topology.for_experts(8, 4, num_redundant=4), 4)
+    replace(copied, solver={"name": "copied"}).save(bad / "copied.json")
+    assert run(monkeypatch, "evaluate", bad / "copied.json", bad / "ok.profile", "--choice", choice, "--json") == 0
+    metrics = json.loads(capsys.readouterr().out)["metrics"]
+    assert metrics["linear"] == metrics["copied"]
+
+
 @pytest.mark.parametrize(
     ("engine", "sends", "rows"),
     [("vllm", "to-all", 2.0), ("vllm-deepep-low-latency", "per-expert", 2.0), ("coterie", "per-rank", None)],
@@ -672,6 +687,12 @@ def test_resuming_a_complete_recording_leaves_it_as_it_is(monkeypatch, capsys, t
         assert run(monkeypatch, *once, *more) == 0
         printed = capsys.readouterr()
         assert said in printed.out + printed.err
+    done = Profile.load_from(Path("run.profile"))
+    told = {key: value for key, value in done.provenance.items() if key not in ("dtype", "config")}
+    replace(done, provenance=told).save(Path("run.profile"))  # as older versions did
+    assert run(monkeypatch, *once, "--sequence-length", "64") == 0
+    printed = capsys.readouterr()
+    assert "complete already" in printed.out + printed.err
 
 
 def test_the_version_is_told(monkeypatch, capsys):

@@ -172,10 +172,14 @@ def test_mistakes_are_one_line(made, tmp_path, capsys, monkeypatch):
 def test_mistakes_are_said_before_a_model_is_loaded(tmp_path, capsys, monkeypatch):
     refuse_to_load(monkeypatch)
     put_harness(monkeypatch, {"sums": 0.5})
+    (tmp_path / "chats.jsonl").write_text('{"text": "no conversation"}')
     for arguments, message in (
         (("finetune", "--data", tmp_path / "no"), "no: no such file"),
         (("finetune", "--sequence-length", "1"), "--sequence-length 1: must be at least 2"),
         (("finetune", "--held-out-tokens", "1"), "--held-out-tokens 1: must be at least 2"),
+        (("finetune", "--no-plain"), "--plain and --no-plain: compare with a constraint; give --constraint"),
+        (("finetune", "--instructions", tmp_path / "no.jsonl"), "no.jsonl: no such file"),
+        (("finetune", "--instructions", tmp_path / "chats.jsonl"), "chats.jsonl, line 1: no conversation"),
         (("quality", "--max-tokens", "1"), "--max-tokens 1: must be at least 2"),
         (("quality", "--task", "sums", "--task-limit", "0"), "--task-limit 0: must be at least 1"),
         (("codesign", "--top-t", "9", "--max-tokens", "1"), "--max-tokens 1: must be at least 2"),
@@ -190,13 +194,10 @@ def test_mistakes_are_said_before_a_model_is_loaded(tmp_path, capsys, monkeypatc
 def test_mistakes_are_said_before_a_model_is_run(tmp_path, capsys, monkeypatch):
     for place in ("codesign.perplexity", "quality.perplexity"):
         monkeypatch.setattr(f"placement.constraints.{place}", lambda *_: pytest.fail("runs the model"))
-    (tmp_path / "chats.jsonl").write_text('{"text": "no conversation"}')
     for arguments, message in (
         (("codesign", "--top-t", "6"), "T 6: .* between 7 .K-1. and 63"),
         (("codesign", "--method", "router", "--limit", "0"), "N 0: a token needs at least 1 rank"),
         (("codesign", "--method", "router", "--limit", "1", "--ranks", "16"), "N 1: so many ranks .* a token takes 8"),
-        (("finetune", "--instructions", tmp_path / "no.jsonl"), "no.jsonl: no such file"),
-        (("finetune", "--instructions", tmp_path / "chats.jsonl"), "chats.jsonl, line 1: no conversation"),
     ):
         code, _, error = coterie(capsys, monkeypatch, *arguments)
         assert code == 1, arguments
@@ -223,6 +224,18 @@ def test_a_folder_that_is_in_the_way_is_refused_before_training(made, tmp_path, 
     assert code == 1
     assert "exists and is no fine-tuned model" in error
     assert sorted(path.name for path in tmp_path.iterdir()) == ["notes", "two.safetensors"]
+
+
+def test_the_model_that_is_read_is_not_written_over(made, tmp_path, capsys, monkeypatch):
+    refuse_to_load(monkeypatch)
+    save(limit_ranks(PlacementMap.load_from(made / "plan.json"), 1), tmp_path / "one.safetensors")
+    model = tmp_path / "tuned-plain"
+    model.mkdir()
+    (model / "finetune.json").write_text("{}")
+    for more in (("-o", model), ("--constraint", tmp_path / "one.safetensors", "-o", tmp_path / "tuned")):
+        code, _, error = coterie(capsys, monkeypatch, "finetune", model, *more)
+        assert code == 1
+        assert "tuned-plain: is the model to read, and would be written over; give -o another name" in error
 
 
 def refuse_to_load(monkeypatch):

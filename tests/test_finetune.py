@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -15,7 +16,15 @@ from transformers import AutoModelForCausalLM
 
 from placement.constraints.config import load
 from placement.constraints.constrain import balance_settings, constrain
-from placement.constraints.examples import NO_LABEL, Example, Examples, collate, instruction_examples, text_examples
+from placement.constraints.examples import (
+    NO_LABEL,
+    Example,
+    Examples,
+    collate,
+    instruction_examples,
+    read_conversations,
+    text_examples,
+)
 from placement.constraints.finetune import (
     Training,
     _arguments,
@@ -143,10 +152,10 @@ def test_routers_learn_with_their_experts(family):
         assert any({"gate", "router", "router_gate"} & {*of_name} for of_name in parts), layer.name
 
 
-def weights_after(tokenizer, out, **options):
+def weights_after(tokenizer, out, training=SHORT, **options):
     model = tiny_model("olmoe")
     loaded = LoadedModel("tiny", model, tokenizer)
-    finetune(loaded, examples(), tight(model)[3], SHORT, out, **options)
+    finetune(loaded, examples(), tight(model)[3], training, out, **options)
     return (out / "model.safetensors").read_bytes()
 
 
@@ -172,6 +181,20 @@ def test_same_seed_same_bytes_and_resuming_changes_nothing(tokenizer, tmp_path):
     assert weights_after(tokenizer, out, resume=True, on_step=stop_at_5) == whole  # nothing is left to do
     assert not checkpoint_folder(out).exists()
     assert len(json.loads((out / "finetune.json").read_text())["losses"]) == 6
+
+
+def test_another_run_over_an_older_model_goes_on_from_its_very_beginning(tokenizer, tmp_path):
+    longer = weights_after(tokenizer, tmp_path / "longer", training=replace(SHORT, steps=8, save_steps=4))
+    out = tmp_path / "out"
+    weights_after(tokenizer, out)
+
+    def stop(*_):
+        raise StopError
+
+    with pytest.raises(StopError):  # before its first checkpoint
+        weights_after(tokenizer, out, training=replace(SHORT, steps=8, save_steps=4), on_step=stop)
+    assert weights_after(tokenizer, out, training=replace(SHORT, steps=8, save_steps=4), resume=True) == longer
+    assert not checkpoint_folder(out).exists()
 
 
 def test_what_was_written_loads_with_its_constraint(tokenizer, tmp_path):
@@ -248,7 +271,7 @@ def test_conversations_teach_answers_only(tokenizer, tmp_path):
     ]
     path.write_text("\n".join(map(json.dumps, records)))
     learned = []
-    for row in instruction_examples(loaded, [path], 64):
+    for row in instruction_examples(loaded, read_conversations([path]), 64):
         learned.append(tokenizer.decode(row.labels[row.labels != NO_LABEL], skip_special_tokens=True).split("\n"))
     assert learned == [["three", ""], ["well, thanks", "still well", ""], ["good day", ""], ["farewell", ""]]
     tokenizer_with_template = load_model(None, "cpu").tokenizer
@@ -257,7 +280,7 @@ def test_conversations_teach_answers_only(tokenizer, tmp_path):
         "{% if add_generation_prompt %}<assistant>{% endif %}"
     )
     with_template = LoadedModel("zoo", loaded.model, tokenizer_with_template)
-    rows = instruction_examples(with_template, [path], 64)
+    rows = instruction_examples(with_template, read_conversations([path]), 64)
     texts = [tokenizer.decode(row.labels[row.labels != NO_LABEL]) for row in rows]
     assert texts == ["three</>", "well, thanks</>still well</>", "good day</>", "farewell</>"]
     assert tokenizer.decode(rows[1].input_ids) == (
@@ -273,17 +296,17 @@ def test_conversations_teach_answers_only(tokenizer, tmp_path):
         with pytest.raises(
             CoterieError, match=rf"line 2: the model's chat template refuses it \(.*{message}\); mend it"
         ):
-            instruction_examples(with_template, [path], 64)
+            instruction_examples(with_template, read_conversations([path]), 64)
     with pytest.raises(CoterieError, match="sequence length -5: must be at least 2"):
         instruction_examples(loaded, [path], -5)
     path.write_text('{"text": "no conversation"}')
     with pytest.raises(CoterieError, match="line 1: no conversation"):
-        instruction_examples(loaded, [path], 64)
+        instruction_examples(loaded, read_conversations([path]), 64)
     path.write_text("{")
     with pytest.raises(CoterieError, match="not JSON lines"):
-        instruction_examples(loaded, [path], 64)
+        instruction_examples(loaded, read_conversations([path]), 64)
     with pytest.raises(CoterieError, match="no such file"):
-        instruction_examples(loaded, [Path("missing.jsonl")], 64)
+        read_conversations([Path("missing.jsonl")])
 
 
 def test_text_is_learned_once_and_padding_never(tokenizer):

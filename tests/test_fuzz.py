@@ -35,7 +35,7 @@ from placement.constraints import finetune as finetuning
 from placement.constraints.config import FILE_NAME as CONSTRAINT
 from placement.constraints.config import load as load_constraint
 from placement.constraints.config import save as save_constraint
-from placement.constraints.examples import instruction_examples, text_examples
+from placement.constraints.examples import instruction_examples, read_conversations, text_examples
 from placement.constraints.lists import collaborator_lists
 from placement.constraints.pruning import limit_ranks
 from placement.constraints.similarity import SimilarityTable
@@ -571,10 +571,10 @@ def read_texts(name: str) -> None:
         assert batch.input_ids.ndim == 2
 
 
-def read_conversations(name: str) -> None:
+def read_chats(name: str) -> None:
     """What `coterie finetune --instructions` does before it trains."""
     loaded = LoadedModel("any", None, tokenizer())
-    assert len(instruction_examples(loaded, [Path(name)], 64))
+    assert len(instruction_examples(loaded, read_conversations([Path(name)]), 64))
 
 
 def read_constraint(name: str) -> None:
@@ -582,7 +582,7 @@ def read_constraint(name: str) -> None:
     assert load_constraint(Path(name)).model.num_layers
 
 
-READERS = {"texts": read_texts, "conversations": read_conversations, "constraint": read_constraint}
+READERS = {"texts": read_texts, "conversations": read_chats, "constraint": read_constraint}
 """In place of commands that would have to load a model first."""
 
 

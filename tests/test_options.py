@@ -135,6 +135,7 @@ STAND_INS = {  # by the name that ROWS uses: what is replaced, and what it gives
     "alternate": ("placement.constraints.codesign.alternate", one_round),
     "make_plan": ("placement.solvers.plan", PLAN),
     "text_examples": ("placement.constraints.examples.text_examples", []),
+    "read_conversations": ("placement.constraints.examples.read_conversations", ["two conversations"]),
     "instruction_examples": ("placement.constraints.examples.instruction_examples", []),
     "finetune": ("placement.constraints.finetune.finetune", None),
     "constrained": ("placement.constraints.constrain.constrain", contextlib.nullcontext()),
@@ -459,7 +460,10 @@ ROWS: dict[str, dict[str, dict[str, Any]]] = {
         "--json": {"printed.as it was": {"all": 2.0}},
     },
     "finetune, on conversations": {
-        "--instructions a.jsonl --instructions b.jsonl": {"instruction_examples.paths": ["a.jsonl", "b.jsonl"]},
+        "--instructions a.jsonl --instructions b.jsonl": {
+            "read_conversations.paths": ["a.jsonl", "b.jsonl"],
+            "instruction_examples.conversations": ["two conversations"],
+        },
         "--sequence-length 33": {"instruction_examples.sequence_length": 33},
     },
     "quality": {

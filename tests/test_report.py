@@ -195,6 +195,21 @@ def test_parts_of_what_a_plan_was_made_with_count_as_seen(profile, planned, tmp_
     merge([tmp_path / "parts" / f"{name}.profile" for name in ("code", "prose")], tmp_path / "both.profile")
     assert insight_of(Profile.load_from(tmp_path / "both.profile"), planned).seen
     assert insight_of(profile, planned, held_out=part).seen
+    both = Profile.load_from(tmp_path / "both.profile")
+    of_both = plan(both, TOPOLOGY, "linear")
+    assert insight_of(both, of_both, held_out=part).seen  # it was planned with that part, among others
+
+
+def test_plans_with_weights_and_groups_are_judged_on_profiles_that_lack_them(profile):
+    tokens = profile.require_tokens()
+    code = tokens.where(tokens.domain_ids == 1)
+    other = Profile.from_tokens(profile.model, ["code"], replace(code, domain_ids=np.zeros_like(code.domain_ids)), {})
+    weighted = plan(profile, TOPOLOGY, "linear", Options(domain_weights={"prose": 2.0, "code": 0.0}))
+    grouped = replace(profile, model=replace(profile.model, num_groups=4))
+    grouped_plan = plan(grouped, TOPOLOGY, "linear", Options(preserve_groups=True))
+    for placement in (weighted, grouped_plan):
+        for strategy in ("search", "load"):
+            assert planner_of(placement, strategy, 1)(other).model.routes_like(profile.model)
 
 
 def test_the_pairs_that_are_named_are_those_most_beyond_chance():

@@ -8,8 +8,8 @@ import pandas as pd
 import pytest
 from conftest import make_spec, make_trace, random_ids
 
-from placement.bootstrap import FIGURES, bootstrap, fan_out_counts, serving_ranks
-from placement.cost import evaluate
+from placement.bootstrap import bootstrap
+from placement.cost import FIGURES, evaluate, fan_out_counts, serving_ranks
 from placement.placement_map import PlacementMap
 from placement.solvers import Options, plan
 from placement.sufficiency import adjusted_rand, convergence, recommend, some_layers, split_half, transfer

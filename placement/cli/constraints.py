@@ -246,8 +246,11 @@ def finetune(
     warmup_steps: Annotated[int, typer.Option(help="Until the peak.")] = 10,
     what: Annotated[What, typer.Option(help="Weights that learn: all, or those of experts and routers.")] = What.ALL,
     plain: Annotated[
-        bool, typer.Option("--plain/--no-plain", help="Train as long without the constraint too, to compare.")
-    ] = True,
+        bool | None,
+        typer.Option(
+            "--plain/--no-plain", help="Train as long without the constraint too, to compare; done if left out."
+        ),
+    ] = None,
     save_steps: Annotated[int, typer.Option(help="Steps between checkpoints; 0 for none.")] = 200,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint.")] = False,
     seed: Annotated[int, seed_option("The same seed gives the same weights.")] = 0,
@@ -264,7 +267,7 @@ def finetune(
     Example: coterie finetune ./OLMoE-1B-7B --constraint two-ranks.safetensors --instructions alpaca.jsonl -o tuned
     """
     from placement.constraints.config import load
-    from placement.constraints.examples import instruction_examples, text_examples
+    from placement.constraints.examples import instruction_examples, read_conversations, text_examples
     from placement.constraints.finetune import Training, checkpoint_folder, require_own_folder, unfinished_steps
     from placement.constraints.finetune import finetune as run_finetune
     from profiler import zoo
@@ -288,24 +291,29 @@ def finetune(
     )
     if data and instructions:
         raise CoterieError("--data and --instructions: give one of them")
+    if plain is not None and limited is None:
+        raise CoterieError("--plain and --no-plain: compare with a constraint; give --constraint, or leave them out")
     _require_at_least(2, "--sequence-length", sequence_length)
     _require_at_least(2, "--held-out-tokens", held_out_tokens)
     require_own_folder(out, resume=resume)  # whose name the others have
     unseen = read_documents(held_out or [zoo.HELD_OUT])
     documents = [] if instructions else read_documents(data or [zoo.CALIBRATION])
+    conversations = read_conversations(instructions or [])
     runs: dict[str, tuple[Any, Path]] = {}
     if limited is not None:
-        if plain:
+        if plain is not False:
             runs["plainly fine-tuned"] = (None, out.with_name(f"{out.name}-plain"))
         runs[f"fine-tuned, {limited.name}"] = (limited, out)
     else:
         runs["plainly fine-tuned"] = (None, out)
     for _, folder in runs.values():
         require_own_folder(folder, resume=resume)
+        if model and folder.exists() and Path(model).is_dir() and folder.samefile(model):
+            raise CoterieError(f"{folder}: is the model to read, and would be written over; give -o another name")
     any_begun = any(begun(folder) for _, folder in runs.values())  # if none is, going on is refused
     loaded = load_model(model, device, dtype="float32")
     if instructions:
-        examples = instruction_examples(loaded, instructions, sequence_length)
+        examples = instruction_examples(loaded, conversations, sequence_length)
     else:
         examples = text_examples(loaded, documents, sequence_length)
     measured = {"as it was": _measure(loaded, None, unseen, held_out_tokens)}

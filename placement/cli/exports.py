@@ -148,7 +148,7 @@ def verify(
     ] = 1e-4,
     device: Annotated[str | None, typer.Option(help="Such as cpu or cuda:0; chosen if left out.")] = None,
     dtype: Annotated[str, typer.Option(help="float32 shows errors that coarser types hide in rounding.")] = "float32",
-    seed: Annotated[int, seed_option("Of random tokens.")] = 0,
+    seed: Annotated[int | None, seed_option("Of random tokens; 0 if left out.")] = None,
     as_json: Json = False,
 ) -> None:
     """Prove that a permuted checkpoint computes what the original does: same logits, same experts by the plan.
@@ -164,6 +164,8 @@ def verify(
 
     if num_tokens < 1 or not tolerance >= 0:
         raise CoterieError(f"{num_tokens} tokens and tolerance {tolerance}: must be at least 1 and 0")
+    if data and seed is not None:
+        raise CoterieError(f"--seed {seed}: is of random tokens; leave it or --data out")
     placement = read_permuted_map(permuted)
 
     def load(folder: Path) -> Any:
@@ -175,7 +177,7 @@ def verify(
         documents = read_documents(data)  # as many of them, in a row, as it takes; no name holds the model's batches
         input_ids = torch.cat([batch.input_ids for batch in first.batches(documents, num_tokens, 1, num_tokens)], dim=1)
     else:
-        input_ids = random_tokens(first.model.config.get_text_config().vocab_size, num_tokens, seed)
+        input_ids = random_tokens(first.model.config.get_text_config().vocab_size, num_tokens, seed or 0)
     models = [first.model]
     del first  # so that the second model finds its place free
     comparison = compare(models.pop, lambda: load(permuted).model, placement, input_ids)

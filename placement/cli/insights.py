@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from placement.insight import Insight, Study
     from placement.placement_map import PlacementMap
     from placement.runtime.results import BenchResult
+    from placement.solvers import Options
     from placement.sufficiency import Planner
     from profiler.profile import Profile
 
@@ -28,7 +29,10 @@ HeldOut = Annotated[
     Path | None, typer.Option(help="Profile to measure on; the half of RUN that the plan has not seen if left out.")
 ]
 WithStudy = Annotated[
-    bool, typer.Option("--study/--no-study", help="Plan again from less text and by domain: was there enough?")
+    bool | None,
+    typer.Option(
+        "--study/--no-study", help="Plan again from less text and by domain: was there enough? Done if left out."
+    ),
 ]
 
 
@@ -37,7 +41,7 @@ def inspect(
     run: Annotated[Path, typer.Argument(help="Profile folder; best the one that was planned with.")],
     plan_file: Annotated[Path | None, typer.Argument(metavar="[PLAN]", help="Placement map to judge.")] = None,
     held_out: HeldOut = None,
-    study: WithStudy = True,
+    study: WithStudy = None,
     as_json: Json = False,
 ) -> None:
     """Say in a screenful what a profile shows and whether a plan is worth it.
@@ -54,6 +58,8 @@ def inspect(
 
     if plan_file is None and held_out:
         raise CoterieError(f"--held-out {held_out}: is to measure a plan on; give a plan, or leave it out")
+    if plan_file is None and study is not None:
+        raise CoterieError("--study and --no-study: are of a plan; give a plan, or leave them out")
     recorded = Profile.load_from(run)
     if plan_file is None:
         summary = load_summary(recorded)
@@ -61,7 +67,7 @@ def inspect(
         notes.print("give a plan to judge it: coterie inspect RUN PLAN")
         return
     unseen = Profile.load_from(held_out) if held_out else None
-    insight = gather_all(recorded, PlacementMap.load_from(plan_file), unseen, None, study)
+    insight = gather_all(recorded, PlacementMap.load_from(plan_file), unseen, None, study is not False)
     found = answers(insight)
     if as_json:
         print_json({name: dataclasses.asdict(answer) for name, answer in found.items()})
@@ -82,7 +88,7 @@ def report(
     bench_file: Annotated[Path | None, typer.Argument(metavar="[BENCH]", help="Bench result to show too.")] = None,
     out: Annotated[Path, typer.Option("-o", "--out", help="HTML page to write.")] = Path("report.html"),
     held_out: HeldOut = None,
-    study: WithStudy = True,
+    study: WithStudy = None,
 ) -> None:
     """Write one self-contained HTML page that says what the plan buys, where, and how sure that is.
 
@@ -97,7 +103,7 @@ def report(
     recorded, placement = Profile.load_from(run), PlacementMap.load_from(plan_file)
     unseen = Profile.load_from(held_out) if held_out else None
     measured = BenchResult.load_from(bench_file) if bench_file else None
-    insight = gather_all(recorded, placement, unseen, measured, study)
+    insight = gather_all(recorded, placement, unseen, measured, study is not False)
     with notes.status("drawing"):
         write_report(insight, out)
     notes.print(f"wrote {out}")
@@ -143,10 +149,22 @@ def _planner(placement: PlacementMap, strategy: str, num_kicks: int | None = Non
     from placement.solvers import options_of, plan
 
     options = replace(options_of(placement), num_redundant=placement.num_redundant, num_kicks=num_kicks)
+    options = replace(options, preserve_groups=options.preserve_groups and placement.model.num_groups > 1)
     if strategy == "search":  # it studies single domains too, where no weights are left
-        options = replace(options, domain_weights=None, worst_domain=False)
+        options = replace(options, domain_weights=None)
 
     def planner(profile: Any) -> PlacementMap:
-        return plan(profile, placement.topology, strategy, options)
+        # Groups are the plan's, whose profile may know them where this one does not.
+        profile = replace(profile, model=replace(profile.model, num_groups=placement.model.num_groups))
+        return plan(profile, placement.topology, strategy, _for_domains_of(profile, options))
 
     return planner
+
+
+def _for_domains_of(profile: Profile, options: Options) -> Options:
+    """Options of a plan for a profile that may lack some of the domains that the plan weighs."""
+    from dataclasses import replace
+
+    with_tokens = {profile.domains[domain] for domain in set(profile.require_tokens().domain_ids.tolist())}
+    weights = {name: weight for name, weight in (options.domain_weights or {}).items() if name in with_tokens}
+    return replace(options, domain_weights=weights if any(weights.values()) else None)

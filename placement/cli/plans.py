@@ -198,8 +198,8 @@ def _require_times(model: MoESpec, topology: Topology) -> None:
         return
     if model.dtype not in WEIGHT_BYTES:
         raise CoterieError(
-            f"--links {topology.links.name}: times need the width of weights, which {model.dtype} does not say; import "
-            f"the profile with --dtype, one of {', '.join(WEIGHT_BYTES)}"
+            f"--links {topology.links.name}: times need the width of weights, which {model.dtype} does not say (known: "
+            f"{', '.join(WEIGHT_BYTES)}); leave --links out, or import the profile with its --dtype"
         )
     raise CoterieError(
         f"--links {topology.links.name}: the profile does not know the sizes of the model, which times need; import it "
@@ -289,7 +289,7 @@ def evaluate(
     tokens = recorded.require_tokens()
     name = str(placement.solver["name"])
     figures = {
-        "linear": measure(linear, tokens, workload),
+        "linear": measure(linear, tokens, workload, choice.value),
         "this map" if name == "linear" else name: measure(placement, tokens, workload, choice.value),
     }
     by_layer = evaluate_map(placement, tokens, choice.value) if layers else None
@@ -299,7 +299,7 @@ def evaluate(
         if backend:
             value |= {"engine": engine, "sends": backend.sends, "rows_per_token": rows}
         if by_layer:
-            value["layers"] = {name: getattr(by_layer, name).tolist() for name in METRICS if name != "predicted_time"}
+            value["layers"] = {name: getattr(by_layer, name).tolist() for name in METRICS}
         print_json(value)
         return
     if backend:
@@ -309,10 +309,9 @@ def evaluate(
     title = f"{model.name} on {topology.num_ranks} ranks, {tokens.num_tokens:,} tokens"
     tables.print(metrics_table(title, figures, nodes=topology.num_nodes > 1))
     if by_layer:
-        names = [name for name in METRICS if hasattr(by_layer, name)]
-        table = Table("layer", *(Column(name, justify="right") for name in names))
+        table = Table("layer", *(Column(name, justify="right") for name in METRICS))
         for index, layer_id in enumerate(model.layer_ids):
-            table.add_row(str(layer_id), *(f"{getattr(by_layer, name)[index]:.3f}" for name in names))
+            table.add_row(str(layer_id), *(f"{getattr(by_layer, name)[index]:.3f}" for name in METRICS))
         tables.print(table)
 
 

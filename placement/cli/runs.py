@@ -66,14 +66,19 @@ def bench(
         typer.Option(help="Sequences in each rank's batch; may be given several times; 2 if left out."),
     ] = None,
     sequence_length: Annotated[int, typer.Option(help="Tokens in a sequence.")] = 256,
-    steps: Annotated[int, typer.Option(help="Of decoding: the last tokens of each sequence, one by one.")] = 16,
+    steps: Annotated[
+        int | None,
+        typer.Option(help="Of decoding: the last tokens of each sequence, one by one; 16 if left out."),
+    ] = None,
     repeats: Annotated[int, typer.Option(help="Timed runs of each row, taken in turns.")] = 15,
     hidden_size: Annotated[int | None, typer.Option(help="Of a replay, instead of the model's.")] = None,
     expert_size: Annotated[int | None, typer.Option(help="Of a replay, instead of the model's.")] = None,
     layers: Annotated[
         int | None, typer.Option(help="MoE layers to replay, at equal distances; all if left out.")
     ] = None,
-    seed: Annotated[int, seed_option("Of a replay's choice of sequences and random values.")] = 0,
+    seed: Annotated[
+        int | None, seed_option("Of a replay's choice of sequences and random values; 0 if left out.")
+    ] = None,
     out: Annotated[Path | None, typer.Option("-o", "--out", help="JSON file to write.")] = None,
     figure: Annotated[Path | None, typer.Option(help="PNG file to draw into.")] = None,
     as_json: Json = False,
@@ -105,20 +110,24 @@ def bench(
         maps[path.stem] = placement
     if replay and (model or data):
         raise CoterieError("--replay runs no model on texts; leave --model and --data out")
-    if not replay and any(value is not None for value in (hidden_size, expert_size, layers)):
-        raise CoterieError("--hidden-size, --expert-size and --layers are of a replay; give --replay or leave them out")
+    only_replayed = {"--hidden-size": hidden_size, "--expert-size": expert_size, "--layers": layers, "--seed": seed}
+    for option, value in only_replayed.items():
+        if value is not None and not replay:
+            raise CoterieError(f"{option} {value}: is of a replay; give --replay, or leave it out")
+    if steps is not None and workload is not Kind.DECODE:
+        raise CoterieError(f"--steps {steps}: is of decoding; give --workload decode, or leave it out")
     settings = Settings(
         kind=workload.value,
         modes=tuple(one.value for one in mode or [Mode.FLAT]),
         sequences_per_rank=tuple(sequences_per_rank or [2]),
         sequence_length=sequence_length,
-        steps=steps,
+        steps=16 if steps is None else steps,
         repeats=repeats,
         network=network,
         hidden_size=hidden_size,
         expert_size=expert_size,
         num_layers=layers,
-        seed=seed,
+        seed=seed or 0,
     )
     documents = [] if replay else read_documents(data or [zoo.HELD_OUT])
     what = f"routing of {replay}" if replay else model or zoo.NAME

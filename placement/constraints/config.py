@@ -21,6 +21,8 @@ from profiler.files import write_bytes
 from profiler.spec import MoESpec
 
 SCHEMA_VERSION = 1
+"""Of the constraint's file; another one is refused."""
+
 FILE_NAME = "constraint.safetensors"
 """Its name in the folder of a model that was fine-tuned under it."""
 

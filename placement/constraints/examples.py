@@ -10,7 +10,6 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import jinja2
 import torch
 from torch.nn.utils.rnn import pad_sequence
 
@@ -56,6 +55,14 @@ class Examples:
         return digest.hexdigest()
 
 
+@dataclass(frozen=True)
+class Conversation:
+    """A conversation and the place that it was read from, for messages."""
+
+    place: str
+    chat: Chat
+
+
 def collate(rows: Sequence[Example]) -> dict[str, torch.Tensor]:
     """A batch, padded on the right with masked tokens."""
     mask = pad_sequence([torch.ones_like(row.input_ids) for row in rows], batch_first=True)
@@ -77,30 +84,43 @@ def text_examples(loaded: LoadedModel, documents: Sequence[Document], sequence_l
     return Examples(rows)
 
 
-def instruction_examples(loaded: LoadedModel, paths: Sequence[Path], sequence_length: int) -> Examples:
-    """One example for each conversation of JSON-lines files, cut to `sequence_length`; only the answers are learned.
+def read_conversations(paths: Sequence[Path]) -> list[Conversation]:
+    """All conversations of JSON-lines files, which need no model to be read.
 
     A line is an object with `messages` (turns with role and content), `conversations` (such turns with from and value,
     or plain texts of user and assistant in turn), or `instruction`, perhaps `input`, and `output`.
 
     Raises:
-        CoterieError: a file or a line is not so, the chat template refuses one, or no answer is left.
+        CoterieError: a file or a line is not so.
+    """
+    found = []
+    for path in paths:
+        for number, record in _lines(path):
+            place = f"{path}, line {number}"
+            found.append(Conversation(place, _turns(record, place)))
+    return found
+
+
+def instruction_examples(loaded: LoadedModel, conversations: Sequence[Conversation], sequence_length: int) -> Examples:
+    """One example for each conversation, cut to `sequence_length` tokens; only the answers are learned.
+
+    Raises:
+        CoterieError: the chat template refuses one, or no answer is left.
     """
     if sequence_length < 2:
         raise CoterieError(f"sequence length {sequence_length}: must be at least 2")
     rows = []
-    for path in paths:
-        for number, record in _lines(path):
-            place = f"{path}, line {number}"
-            chat = _turns(record, place)
-            try:
-                row = _example(chat, loaded.tokenizer, sequence_length)
-            except (jinja2.TemplateError, ValueError) as error:  # the second where an answer comes first
-                raise CoterieError(
-                    f"{place}: the model's chat template refuses it ({first_line(error)}); mend it or leave it out"
-                ) from error
-            if bool((row.labels[1:] != NO_LABEL).any()):
-                rows.append(row)
+    for one in conversations:
+        try:
+            row = _example(one.chat, loaded.tokenizer, sequence_length)
+        except CoterieError:
+            raise
+        except Exception as error:  # a template is a program, which fails in all ways
+            raise CoterieError(
+                f"{one.place}: the model's chat template refuses it ({first_line(error)}); mend it or leave it out"
+            ) from error
+        if bool((row.labels[1:] != NO_LABEL).any()):
+            rows.append(row)
     if not rows:
         raise CoterieError(f"no answer within {sequence_length} tokens; give longer sequences or other conversations")
     return Examples(rows)

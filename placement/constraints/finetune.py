@@ -30,6 +30,8 @@ DTYPES = ("float32", "bfloat16")
 """In which a model may compute while it learns."""
 
 RUN_FILE = "finetune.json"
+"""Beside checkpoints the settings of a run, which only an equal run goes on from; beside the model the losses too."""
+
 COMPLETE = "complete"
 """In a checkpoint that Trainer has written whole."""
 
@@ -295,7 +297,8 @@ def finetune(
         _write(loaded, constraint, {**run, "losses": losses}, unfinished, out)
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
-        if not unfinished_steps(out):  # nothing to go on from
+        # Nothing to go on from; beside an older model the note says that this is another run.
+        if not unfinished_steps(out) and not out.exists():
             shutil.rmtree(work, ignore_errors=True)
     (work / RUN_FILE).unlink(missing_ok=True)  # first, so that a run that is killed here is known to be done
     shutil.rmtree(work, ignore_errors=True)
@@ -312,10 +315,11 @@ def _write(
         if constraint is not None:
             save(constraint, unfinished / FILE_NAME)
         write_json(unfinished / RUN_FILE, run)
+        sync(file for file in unfinished.rglob("*") if file.is_file())  # before the checkpoints go
         put_in_place(unfinished, out)
-    except CoterieError:
-        raise
-    except Exception as error:  # each library has its own for a disk that is full
+    except (OSError, RuntimeError, SafetensorError) as error:  # what the libraries have for a disk that is full
+        if "memory" in str(error):
+            raise
         raise CoterieError(f"{out}: cannot be written ({first_line(error)}); free some space") from error
 
 

@@ -26,6 +26,7 @@ from profiler.recorder import by_name, inputs_and_mask
 from profiler.spec import MoESpec
 
 SCHEMA_VERSION = 1
+"""Of the table's file; another one is refused."""
 
 
 @dataclass(frozen=True)

@@ -26,6 +26,8 @@ from profiler.files import behind_link, read_json, require_writable_parent, sync
 MAP_FILE = "coterie-placement.json"
 """In a permuted checkpoint: the plan that it was permuted by."""
 INDEX = "model.safetensors.index.json"
+"""Which shard holds each tensor, where there are several."""
+
 CONSTRAINT = "constraint.safetensors"
 """`FILE_NAME` of `placement.constraints.config`, which imports torch; reading a map here does not."""
 OTHER_WEIGHTS = {".safetensors", ".bin", ".pt", ".pth", ".h5", ".msgpack", ".gguf", ".onnx", ".partial"}

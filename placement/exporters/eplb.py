@@ -41,3 +41,4 @@ def inverse(phy2log: Ints, num_experts: int) -> tuple[Ints, Ints]:
 
 
 ENGINE = Engine("EPLB", "deepseek-ai/EPLB, rebalance_experts", (".safetensors",), export)
+"""What `write_export` takes for EPLB."""

@@ -16,9 +16,16 @@ from profiler.errors import CoterieError
 
 DRAFT_STACKS = re.compile(r"(^|\.)(mtp|nextn)")
 """Stacks of layers for multi-token prediction, which have experts of their own and stay as they are."""
+
 NUMBERED = re.compile(r"(?P<before>(?:.*\.)?experts\.(?:expert_)?)(?P<expert>\d+)(?P<after>\..*)")
+"""Names, within a layer, of tensors of one expert: `experts.7.…`, or `experts.expert_7.…`."""
+
 PACKED = re.compile(r"(.*\.)?(experts\..*|(input|output)_linear\.weight)")
+"""Names, within a layer, of tensors that may hold all experts: below `experts.`, or JetMoE's linear ones."""
+
 ROUTER_PARTS = {"gate", "router", "router_gate", "wg", "balancing_biases", "expert_bias", "per_expert_scale"}
+"""Parts of names of routers, and of biases and scales by expert that belong to them."""
+
 ID_TABLES = {"tid2eid"}
 """Tables that hold expert ids: deepseek_v4's, by token."""
 

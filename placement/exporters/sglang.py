@@ -55,3 +55,4 @@ def export(placement: PlacementMap, path: Path, served: ServedModel) -> Export:
 
 
 ENGINE = Engine("SGLang", "sglang 0.5.6.post2 and 0.5.23", (".json",), export)
+"""What `write_export` takes for SGLang."""

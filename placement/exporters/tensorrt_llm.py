@@ -55,3 +55,4 @@ def export(placement: PlacementMap, path: Path, served: ServedModel) -> Export:
 
 
 ENGINE = Engine("TensorRT-LLM", "its source of 2025 and 2026 (class MoeLoadBalancerConfig)", (".yaml", ".yml"), export)
+"""What `write_export` takes for TensorRT-LLM."""

@@ -35,3 +35,4 @@ def export(placement: PlacementMap, path: Path, served: ServedModel) -> Export:
 
 
 ENGINE = Engine("vLLM", "vllm 0.33.0", (".json",), export)
+"""What `write_export` takes for vLLM."""

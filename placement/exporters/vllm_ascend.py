@@ -41,3 +41,4 @@ def export(placement: PlacementMap, path: Path, served: ServedModel) -> Export:
 
 
 ENGINE = Engine("vllm-ascend", "vllm-ascend 0.23.0.post1", (".json",), export)
+"""What `write_export` takes for vllm-ascend."""

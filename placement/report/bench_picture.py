@@ -14,6 +14,8 @@ from placement.runtime.results import PEER, BenchResult, BenchRun
 from profiler.plots import PALETTE, predicted_against_measured, series_style
 
 DOTS_PER_INCH = 110
+"""Of the PNG, which is 13.2 inches wide."""
+
 PARTS = (PALETTE[0], PALETTE[1], PALETTE[2], PALETTE[7])
 """Colours of dispatch, experts, combine and the rest."""
 

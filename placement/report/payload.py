@@ -13,13 +13,17 @@ import networkx as nx
 import numpy as np
 import numpy.typing as npt
 
-from placement.bootstrap import fan_out_counts
+from placement.cost import fan_out_counts
 from placement.insight import Insight
 from placement.placement_map import EMPTY_SLOT
 from profiler.analysis import collaboration_graph, total_coactivation, total_load
 
 LAYOUT_ITERATIONS = 60
+"""Of networkx's spring layout; `profiler.plots` takes as many."""
+
 SUCCESSORS = 3
+"""Commonest successors of each expert that the page draws."""
+
 GRID = 1000
 """Places of experts in the graph are whole numbers up to this."""
 

@@ -37,6 +37,7 @@ from profiler.errors import CoterieError
 from profiler.families import packed_shape
 
 NAME = "coterie"
+"""What `ep_implementation` calls this engine."""
 
 
 def register(placement: PlacementMap, options: Options | None = None, meter: Meter | None = None) -> Engine:

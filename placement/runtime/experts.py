@@ -16,13 +16,14 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Replicate, Shard
 from transformers.distributed.expert_parallel import AllToAllEP, EPImplementation
 
+from placement.choice import Choice
 from placement.placement_map import PlacementMap
 from placement.runtime.agreement import require_fit, require_same
 from placement.runtime.exchange import Pairs, Route, combine, dispatch, index_hop, make_route, plan_sizes
 from placement.runtime.grouped import run_experts
 from placement.runtime.meter import Meter
 from placement.runtime.sharding import SumOverCopies, local_experts
-from placement.runtime.slots import Choice, SlotChoice
+from placement.runtime.slots import SlotChoice
 from profiler.errors import CoterieError
 
 
@@ -208,6 +209,7 @@ class MeteredAllToAllEP(AllToAllEP):  # type: ignore[misc]
 MakeEP = Callable[[nn.Module, DeviceMesh, DeviceMesh, SlotChoice, Route], EPImplementation]
 
 IMPLEMENTATIONS: dict[str, MakeEP] = {"HF all_to_all": MeteredAllToAllEP, "coterie": CoterieEP}
+"""By the name that rows of a bench give them."""
 
 
 class HasExperts(Protocol):

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 import torch
 
 PHASES = ("dispatch", "expert", "combine")
+"""Of a layer call, in order."""
 
 
 @dataclass

@@ -29,10 +29,15 @@ from placement.timing import WEIGHT_BYTES
 from placement.topology import Links
 
 REPEATS = 7
+"""Timed runs of each measurement, after one that is not timed."""
+
 PAIR_BYTES = 2**20
 """What each rank sends each other one to see how fast that goes."""
 COPY_BYTES = 2**26
+"""Of the block whose copy tells the memory's bandwidth; larger than the caches of most processors."""
+
 PRODUCT_ROWS = 256
+"""Of the matrix product that tells FLOP/s."""
 
 
 def measure_links(route: Route, device: torch.device, hidden_size: int, expert_size: int, dtype: str) -> Links:

@@ -14,6 +14,7 @@ from profiler.errors import CoterieError
 from profiler.files import read_json, write_json
 
 SCHEMA_VERSION = 3
+"""Of the bench's file; another one is refused."""
 
 PEER = "HF all_to_all"
 """transformers' own expert parallelism, as rows name it."""

@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Literal
-
 import numpy as np
 import torch
 
-from placement.choice import choose_ranks, first_load, nearest_ranks, ranks_of_experts
+from placement.choice import Choice, choose_ranks, first_load, nearest_ranks, ranks_of_experts
 from placement.placement_map import EMPTY_SLOT, PlacementMap
-
-Choice = Literal["token", "source"]
 
 
 class SlotChoice:

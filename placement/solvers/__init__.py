@@ -49,10 +49,17 @@ STRATEGIES: dict[str, Strategy] = {
 where sizes allow, and the project's search."""
 
 ALWAYS_COMPARED = ("linear", "random", "load", "search")
+"""What every plan is shown beside: file order, chance, balance alone, the search."""
 
-LEAST_LOAD_CAP, LOAD_CAP_OF_ONE_EXPERT, MOST_LOAD_CAP = 1.06, 0.5, 1.15
-"""The default load cap is 1 + 0.5 / slots a rank, between these: the fewer experts a rank holds, the more traffic it
-costs to balance them.  Chosen on recorded routing, see docs/log.md."""
+LOAD_CAP_OF_ONE_EXPERT = 0.5
+"""The default load cap is 1 + this / slots a rank, between the next two: the fewer experts a rank holds, the more
+traffic it costs to balance them.  Chosen on recorded routing, see docs/log.md."""
+
+LEAST_LOAD_CAP = 1.06
+"""Of the default."""
+
+MOST_LOAD_CAP = 1.15
+"""Of the default."""
 
 HALVINGS = 2
 """Sequences are halved so often where they differ most: a plan has to be good on each of these folds too, so that it
@@ -65,6 +72,7 @@ TRANSFER_TO_COMPUTE = 2.5
 """How many times as long as a random plan's experts its dispatch, and its combine, are taken to last without links."""
 
 OBJECTIVES = ("time", "fan-out", "balance", "collaboration")
+"""What a plan can be made for; see `objective_of`."""
 
 
 @dataclass(frozen=True)
@@ -186,7 +194,7 @@ def plan_layers(
 
 
 def options_of(placement: PlacementMap) -> Options:
-    """What a map was planned for: objective, workload, domains and groups; the defaults for a map of other origin.
+    """What a map was planned for: objective, workload, weights of domains and groups; else the defaults.
 
     Raises:
         CoterieError: the map says it in a way that is none.
@@ -194,7 +202,7 @@ def options_of(placement: PlacementMap) -> Options:
     try:
         said = placement.solver.get("options") or {}
         workload = Workload(**{"tokens_per_rank": 4096, **said.get("workload", {})})
-        kept = ("objective", "domain_weights", "worst_domain", "preserve_groups")
+        kept = ("objective", "domain_weights", "preserve_groups")
         return Options(workload=workload, **{name: said[name] for name in kept if name in said})
     except (AttributeError, TypeError) as error:
         raise CoterieError(f"the plan's solver.options are none ({error}); plan again") from error

@@ -20,6 +20,7 @@ MAX_PINS = 60_000
 sets of 8 on 32 ranks take about 4 s a start)."""
 
 NUM_STARTS = 2
+"""Orders of the experts that are partitioned; each may take seconds, see `MAX_PINS`."""
 
 _one_at_a_time = Lock()  # Mt-KaHyPar's seed and threads belong to the process
 

@@ -11,6 +11,8 @@ from placement.solvers.copies import with_copies
 from placement.solvers.equal_sizes import intra_weight, with_best_swaps, with_equal_sizes
 
 NUM_STARTS = 8
+"""Seeds; the least cut is taken."""
+
 TOTAL_EDGE_WEIGHT = 2**29
 """METIS sums edge weights in 32 bits."""
 

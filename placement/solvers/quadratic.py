@@ -10,6 +10,7 @@ from placement.solvers.copies import with_copies
 from placement.solvers.equal_sizes import equal_sizes, intra_weight, with_best_swaps
 
 NUM_STARTS = 8
+"""Random starts of FAQ; the best is taken."""
 
 
 def quadratic(problem: LayerProblem, rng: np.random.Generator) -> Slots:

@@ -32,6 +32,7 @@ KICKS = 80
 """Rounds of the search; more gain less than one part in a hundred on recorded routing."""
 
 FEWEST_KICKS = 6
+"""Rounds that even the largest layer gets."""
 
 MANY_KICKS = 30
 """Rounds from which on it pays to look for other starts."""

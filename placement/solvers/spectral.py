@@ -11,7 +11,10 @@ from placement.solvers.copies import with_copies
 from placement.solvers.equal_sizes import RankOfExpert, equal_sizes, intra_weight
 
 NUM_STARTS = 24
+"""Starts of k-means; the best is taken."""
+
 MAX_ROUNDS = 30
+"""Of k-means, for a start that does not settle before."""
 
 Floats = npt.NDArray[np.float64]
 

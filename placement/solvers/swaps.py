@@ -32,6 +32,7 @@ DOUBLINGS = (3, 4, 5)
 Of load they take twice these: loads lie so close together that lower powers see little but their sum."""
 
 SWAPS_PER_KICK = 3
+"""Random pairs that a kick swaps; those that break the load limit are passed over."""
 
 MUCH = 0.5
 """Share of a sum of powers that a swap takes away, from which on what it leaves is added up anew: the difference of two

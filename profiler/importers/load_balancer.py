@@ -19,6 +19,7 @@ MAX_BYTES = 2**20
 libyaml is faster, but its composer overflows the C stack on deep nesting, which ends the process.
 """
 KEYS = {"num_slots", "initial_global_assignments", "layer_updates_per_iter"}
+"""All that the file may have; `layer_updates_per_iter` may be missing."""
 
 
 @dataclass(frozen=True)

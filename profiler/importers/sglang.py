@@ -44,6 +44,8 @@ from profiler.spec import UNNAMED
 from profiler.trace import TokenTrace
 
 TO_GET_TOKENS = "record them with SGLang's --expert-distribution-recorder-mode per_token"
+"""What the profile tells whoever asks its counts for more than loads."""
+
 _PASSES_TOGETHER = 64
 _SURE_OF_COPIES = 32  # counts that chance does not give a common divisor
 

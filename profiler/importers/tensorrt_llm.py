@@ -29,6 +29,7 @@ from profiler.spec import MoESpec
 from profiler.trace import TokenTrace
 
 TO_GET_TOKENS = "TensorRT-LLM counts only; record them with SGLang, vLLM or `coterie profile`"
+"""What the profile tells whoever asks its counts for more than loads."""
 
 _ITERATIONS_TOGETHER = 64
 
