@@ -2,7 +2,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-engines fuzz faults nightly package lint types check model benchmarks rootless-benchmarks network-benchmarks reference clean
+.PHONY: demo test test-engines load-in-sglang fuzz faults nightly package lint types check model benchmarks rootless-benchmarks network-benchmarks reference clean
 
 demo: $(VENV)/installed  ## profile, plan, run and show the embedded model
 	$(BIN)/coterie demo
@@ -12,6 +12,10 @@ test: $(VENV)/installed  ## the whole test suite
 
 test-engines: $(VENV)/installed  ## released SGLang, vLLM and vllm-ascend load what is exported; downloads 105 MB
 	COTERIE_TEST_ENGINES=1 $(BIN)/python -m pytest tests/test_engines.py tests/test_checkpoint.py -rs
+
+PLAN ?= coterie-demo/plan.json
+load-in-sglang: $(VENV)/installed  ## SGLang's own loaders, two releases of them, read PLAN=plan.json, exported; downloads 40 MB
+	COTERIE_TEST_ENGINES=1 COTERIE_OWN_PLAN=$(PLAN) $(BIN)/python -m pytest tests/test_engines.py -k own_plan -n 0 -q -s -rs
 
 fuzz: $(VENV)/installed  ## 3,000 broken inputs, about 3 minutes, for every night; `make test` has 300
 	COTERIE_FUZZ=3000 $(BIN)/python -m pytest tests/test_fuzz.py

@@ -104,24 +104,44 @@ def some_map(copies: int) -> PlacementMap:
     return PlacementMap(spec, Topology(2, 2, 3 + copies), np.stack(rows), {"name": "any"})
 
 
+def require_placed_by_sglang(version: str, placement: PlacementMap, path: Path, num_hidden_layers: int) -> None:
+    """Check that SGLang's own loader makes of a file what the plan says, on every rank."""
+    slots, topology, num_experts = placement.physical_to_logical_map, placement.topology, placement.model.num_experts
+    asked = {"file": str(path), "num_hidden_layers": num_hidden_layers, "num_experts": num_experts}
+    asked |= {"num_ranks": topology.num_ranks, "num_nodes": topology.num_nodes}
+    asked |= {"num_redundant_experts": topology.num_slots - num_experts}
+    found = load("sglang", unpacked("sglang", version, "sglang/srt/"), asked)
+    assert len(found) == topology.num_ranks
+    layers = list(placement.model.layer_ids)
+    for rank, of_rank in enumerate(found):
+        phy2log, dispatch = np.array(of_rank["phy2log"]), np.array(of_rank["dispatch"])
+        assert phy2log.shape == (num_hidden_layers, slots.shape[1])
+        assert (phy2log[layers] == slots).all()
+        for row, chosen in zip(slots, dispatch[layers], strict=True):
+            assert (row[chosen] == np.arange(num_experts)).all()  # every expert is sought where the plan has it
+            mine = row.reshape(topology.num_ranks, -1)[rank]
+            assert (chosen[mine] // topology.slots_per_rank == rank).all()  # own copies first
+
+
 @pytest.mark.parametrize("copies", [0, 2])
 @pytest.mark.parametrize("version", SGLANG)
 def test_sglang_places_as_the_plan_says(tmp_path, version, copies):
-    source = unpacked("sglang", version, "sglang/srt/")
     placement = some_map(copies)
     path = tmp_path / "map.json"
     write_export(sglang.ENGINE, placement, path, ServedModel(6))
-    asked = {"file": str(path), "num_hidden_layers": 6, "num_experts": 12, "num_ranks": 4, "num_nodes": 2}
-    found = load("sglang", source, {**asked, "num_redundant_experts": 4 * copies})
-    slots = placement.physical_to_logical_map
-    for rank, of_rank in enumerate(found):
-        phy2log, dispatch = np.array(of_rank["phy2log"]), np.array(of_rank["dispatch"])
-        assert phy2log.shape == (6, slots.shape[1])
-        assert (phy2log[[1, 2, 4]] == slots).all()
-        for row, chosen in zip(slots, dispatch[[1, 2, 4]], strict=True):
-            assert (row[chosen] == np.arange(12)).all()  # every expert is sought where the plan has it
-            mine = row.reshape(4, -1)[rank]
-            assert (chosen[mine] // placement.topology.slots_per_rank == rank).all()  # own copies first
+    require_placed_by_sglang(version, placement, path, 6)
+
+
+@pytest.mark.skipif("COTERIE_OWN_PLAN" not in os.environ, reason="`make load-in-sglang PLAN=plan.json`")
+@pytest.mark.parametrize("version", SGLANG)
+def test_an_own_plan_is_loaded(tmp_path, version):
+    plan, path = os.environ.get("COTERIE_OWN_PLAN", ""), tmp_path / "experts.json"
+    done = CliRunner().invoke(app, ["export", plan, "--to", "sglang", "-o", str(path)])
+    assert done.exit_code == 0, done.output or done.exception
+    num_layers = len(json.loads(path.read_text())["physical_to_logical_map"])
+    placement = PlacementMap.load_from(Path(plan))
+    require_placed_by_sglang(version, placement, path, num_layers)
+    print(f"\nSGLang {version} places {plan} as planned: {num_layers} layers, {placement.topology.num_ranks} ranks")
 
 
 def record(source: Path, folder: Path, model: Path, mode: str) -> tuple[np.ndarray, np.ndarray]:

@@ -228,6 +228,14 @@ def test_what_an_engine_cannot_take_is_refused(tmp_path, name, layers, message):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize("num_nodes", [1, 2])
+def test_plans_for_several_hosts_say_that_each_reads_the_file(tmp_path, num_nodes):
+    placement = PlacementMap.linear(make_spec(2, 8, 2), Topology.for_experts(8, 4, num_nodes))
+    for engine in (sglang.ENGINE, vllm.ENGINE):
+        exported = write_export(engine, placement, tmp_path / "map.json", ServedModel(2))
+        assert any("copy it to the same path on each" in remark for remark in exported.remarks) == (num_nodes > 1)
+
+
 def test_sglang_is_not_given_what_it_loads_in_file_order(tmp_path):
     placement = some_map(model_type="gpt_oss")
     with pytest.raises(CoterieError, match="model type gpt_oss: .* --to checkpoint") as refused:

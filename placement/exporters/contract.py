@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import importlib.metadata
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,9 @@ from profiler.spec import UNNAMED
 
 PROVENANCE = ".provenance.json"
 """What the name of a sidecar adds to that of the engine's file."""
+
+ON_EVERY_HOST = "every host reads the file: copy it to the same path on each"
+"""What is remarked where a plan is for several nodes."""
 
 
 @dataclass(frozen=True)
@@ -115,11 +118,6 @@ def full_rows(placement: PlacementMap, engine: str) -> list[list[int]]:
     return rows
 
 
-def num_redundant(placement: PlacementMap) -> int:
-    """Slots beyond one of each expert."""
-    return placement.topology.num_slots - placement.model.num_experts
-
-
 def write_export(engine: Engine, placement: PlacementMap, path: Path, served: ServedModel) -> Export:
     """Write an engine's file and beside it where it comes from; both or none.
 
@@ -131,6 +129,8 @@ def write_export(engine: Engine, placement: PlacementMap, path: Path, served: Se
         raise CoterieError(f"{path}: {engine.name} takes {' or '.join(engine.suffixes)}; give such a name to -o")
     require_writable(path)
     export = engine.export(placement, path.absolute(), served)
+    if placement.topology.num_nodes > 1:
+        export = replace(export, remarks=(*export.remarks, ON_EVERY_HOST))
     sidecar = path.with_name(path.name + PROVENANCE)
     provenance = to_json_bytes(_provenance(engine, placement, path, export))
     write_together({path: [export.content], sidecar: [provenance]})

@@ -6,7 +6,7 @@ import json
 import shlex
 from pathlib import Path
 
-from placement.exporters.contract import Engine, Export, ServedModel, full_rows, num_redundant
+from placement.exporters.contract import Engine, Export, ServedModel, full_rows
 from placement.placement_map import PlacementMap
 from profiler.errors import CoterieError
 
@@ -39,8 +39,8 @@ def export(placement: PlacementMap, path: Path, served: ServedModel) -> Export:
     words += [f"--tp-size {topology.num_ranks} --ep-size {topology.num_ranks}"]
     if topology.num_nodes > 1:
         words += [f"--nnodes {topology.num_nodes} --node-rank 0 --dist-init-addr HOST:PORT"]
-    if num_redundant(placement):
-        words += [f"--ep-num-redundant-experts {num_redundant(placement)}"]
+    if placement.num_redundant:
+        words += [f"--ep-num-redundant-experts {placement.num_redundant}"]
     words += ["--moe-a2a-backend deepep --init-expert-location", shlex.quote(str(path))]
     remarks = (
         "a line to start from: the exchange, HOST:PORT, each host's own --node-rank and more options are yours to set",

@@ -6,7 +6,7 @@ import json
 import shlex
 from pathlib import Path
 
-from placement.exporters.contract import Engine, Export, ServedModel, full_rows, num_redundant
+from placement.exporters.contract import Engine, Export, ServedModel, full_rows
 from placement.exporters.vllm_plugin import PLAN_VARIABLE
 from placement.placement_map import PlacementMap
 
@@ -19,7 +19,7 @@ def export(placement: PlacementMap, path: Path, served: ServedModel) -> Export:
     """
     full_rows(placement, "vLLM")
     topology = placement.topology
-    balancing = json.dumps({"num_redundant_experts": num_redundant(placement)})
+    balancing = json.dumps({"num_redundant_experts": placement.num_redundant})
     words = [f"{PLAN_VARIABLE}={shlex.quote(str(path))} vllm serve", shlex.quote(served.path_of(placement))]
     words += [f"--tensor-parallel-size 1 --data-parallel-size {topology.num_ranks}"]
     if topology.num_nodes > 1:
