@@ -10,7 +10,7 @@ from benchmarks import traces
 from benchmarks.record import write
 from placement.certify import certify
 from placement.columns import can_enumerate
-from placement.solvers.contract import LayerProblem, Objective
+from placement.layer_problem import LayerProblem, Objective
 from placement.solvers.partitioning import partitioning
 from placement.solvers.search import ranks_of, search
 from placement.topology import Topology

@@ -19,8 +19,8 @@ import placement.solvers
 from benchmarks import traces
 from benchmarks.record import peak_memory, write
 from placement.compare import measure
+from placement.layer_problem import Objective
 from placement.solvers import HALVINGS, STRATEGIES, Options, objective_of, plan
-from placement.solvers.contract import Objective
 from placement.topology import Links, Topology
 from profiler.profile import Profile
 from profiler.spec import MoESpec

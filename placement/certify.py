@@ -21,8 +21,8 @@ import numpy as np
 import numpy.typing as npt
 
 from placement.columns import Columns, Ints, all_columns, can_enumerate
+from placement.layer_problem import LayerProblem
 from placement.partition import NEVER, Solved, least_maximum, least_sum
-from placement.solvers.contract import LayerProblem
 from profiler.errors import CoterieError
 
 MAX_MATCHED = 64
@@ -317,13 +317,12 @@ def _load_limit(problem: LayerProblem) -> float:
 
 
 def _imbalance(problem: LayerProblem, ranks: Ints) -> float:
-    load = np.bincount(ranks, problem.expert_load, minlength=problem.num_ranks)
+    load = problem.rank_load(ranks)
     return float(load.max() / load.mean()) if load.any() else 1.0
 
 
 def _fits(problem: LayerProblem, ranks: Ints) -> bool:
-    load = np.bincount(ranks, problem.expert_load, minlength=problem.num_ranks)
-    return bool(load.max() <= _load_limit(problem))
+    return bool(problem.rank_load(ranks).max() <= _load_limit(problem))
 
 
 def _checked(problem: LayerProblem) -> LayerProblem:

@@ -16,7 +16,7 @@ import numba
 import numpy as np
 import numpy.typing as npt
 
-from placement.solvers.contract import LayerProblem
+from placement.layer_problem import LayerProblem
 
 Ints = npt.NDArray[np.int64]
 Members = npt.NDArray[np.int16]

@@ -22,11 +22,12 @@ are safer than seconds, since they share most of these errors.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal, NamedTuple
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 import numpy.typing as npt
 
+from placement.layer_problem import Objective
 from placement.topology import Links, Topology
 from profiler.errors import CoterieError
 from profiler.spec import MoESpec
@@ -145,15 +146,7 @@ def time_of(placement: PlacementMap, metrics: Metrics, workload: Workload) -> La
     return predicted_time(metrics.ingress, metrics.node_ingress, load_LR, model, topology, workload)
 
 
-class Costs(NamedTuple):
-    """Seconds per `busiest_ingress`, per share of tokens that touch the busiest node, and per `imbalance_ratio`."""
-
-    ingress: float
-    node_ingress: float
-    load: float
-
-
-def linear_costs(spec: MoESpec, topology: Topology, workload: Workload) -> Costs:
+def linear_costs(spec: MoESpec, topology: Topology, workload: Workload) -> Objective:
     """The slope of `predicted_time` where load is equal and experts are picked independently of one another.
 
     A search that minimises their weighted sum minimises the time, as long as what is busiest stays so: an exchange has
@@ -191,8 +184,8 @@ def linear_costs(spec: MoESpec, topology: Topology, workload: Workload) -> Costs
         expert_s += compute
     # Every part is proportional to its share, so that its slope is its value over the share.
     if workload.mode == "per-expert":
-        return Costs(0.0, 0.0, expert_s + bound_within_s + bound_across_s)
-    return Costs(
+        return Objective(load=expert_s + bound_within_s + bound_across_s)
+    return Objective(
         ingress=bound_within_s / touching_share(spec, topology.num_ranks),
         node_ingress=bound_across_s / touching_share(spec, topology.num_nodes),
         load=expert_s,

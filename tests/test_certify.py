@@ -15,8 +15,8 @@ from benchmarks import traces as recorded
 from placement import certify as certify_module
 from placement.certify import certify, optimal_busiest_ingress, optimal_fan_out
 from placement.columns import Columns, all_columns
+from placement.layer_problem import LayerProblem, Objective
 from placement.partition import NEVER, least_maximum, least_sum
-from placement.solvers.contract import LayerProblem, Objective
 from placement.solvers.load import load as load_only
 from placement.solvers.partitioning import partitioning
 from placement.solvers.search import ranks_of

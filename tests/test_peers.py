@@ -12,8 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from benchmarks import traces as recorded
+from placement.layer_problem import LayerProblem
 from placement.placement_map import slots_of_ranks
-from placement.solvers.contract import LayerProblem
 from placement.solvers.copies import with_copies
 from placement.solvers.equal_sizes import equal_sizes, intra_weight, with_best_swaps, with_equal_sizes
 from placement.topology import Topology

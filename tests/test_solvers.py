@@ -16,10 +16,10 @@ from benchmarks import traces as recorded
 from placement.choice import choose, ranks_of_experts
 from placement.compare import domain_regret, plan_and_compare, verdict
 from placement.cost import evaluate
+from placement.layer_problem import LayerProblem, Objective
 from placement.placement_map import slots_of_ranks
 from placement.solvers import ALWAYS_COMPARED, STRATEGIES, TOGETHER, Options, layer_problems, plan
 from placement.solvers.anneal import _anneal, _room_for_copies, _served
-from placement.solvers.contract import LayerProblem, Objective
 from placement.solvers.copies import with_copies
 from placement.solvers.search import ranks_of
 from placement.solvers.swaps import DOUBLINGS, descend, prepare, weights_of

@@ -13,9 +13,9 @@ import networkx as nx
 import numpy as np
 import numpy.typing as npt
 
+from placement.choice import ranks_of_experts
 from placement.cost import fan_out_counts
 from placement.insight import Insight
-from placement.placement_map import EMPTY_SLOT
 from profiler.analysis import collaboration_graph, total_coactivation, total_load
 
 LAYOUT_ITERATIONS = 60
@@ -37,7 +37,6 @@ def payload(insight: Insight) -> dict[str, Any]:
     return {
         "layers": list(model.layer_ids),
         "experts": model.num_experts,
-        "topK": model.top_k,
         "tokens": profile.num_tokens,
         "ranks": insight.plan.topology.num_ranks,
         "load": load_LE.tolist(),
@@ -48,7 +47,7 @@ def payload(insight: Insight) -> dict[str, Any]:
         "slots": insight.plan.physical_to_logical_map.tolist(),
         "slotsPerRank": insight.plan.topology.slots_per_rank,
         "rankOf": [
-            first_rank(slots_P, model.num_experts, insight.plan.topology.slots_per_rank)
+            ranks_of_experts(slots_P, model.num_experts, insight.plan.topology.slots_per_rank)[:, 0].tolist()
             for slots_P in insight.plan.physical_to_logical_map
         ],
         "linear": insight.maps["linear"].physical_to_logical_map[0].tolist(),
@@ -64,12 +63,10 @@ def payload(insight: Insight) -> dict[str, Any]:
             name: {
                 "ingress": np.round(metrics.ingress, 4).tolist(),
                 "load": np.round(metrics.load_share * metrics.load.shape[1], 4).tolist(),
-                "fanOut": np.round(metrics.fan_out, 4).tolist(),
                 "fanCounts": fan_out_counts(insight.maps[name], insight.measured.require_tokens()).tolist(),
             }
             for name, metrics in insight.metrics.items()
         },
-        "modularity": np.round(insight.communities["modularity"], 4).tolist(),
         "affinity": np.round(insight.affinity["affinity"], 4).tolist(),
         "curve": _curve(insight),
         "transfer": _transfer(insight),
@@ -80,15 +77,6 @@ def packed_triangles(pairs_LEE: npt.NDArray[np.int64]) -> str:
     """The counts above the diagonal of every layer, row by row: uint32, little-endian, zlib, base64."""
     upper = np.triu_indices(pairs_LEE.shape[1], 1)
     return base64.b64encode(zlib.compress(pairs_LEE[:, upper[0], upper[1]].astype("<u4").tobytes(), 9)).decode()
-
-
-def first_rank(slots_P: npt.NDArray[np.int64], num_experts: int, slots_per_rank: int) -> list[int]:
-    """The rank of each expert's first copy."""
-    ranks = np.full(num_experts, -1)
-    filled = np.flatnonzero(slots_P != EMPTY_SLOT)[::-1]
-    ranks[slots_P[filled]] = filled // slots_per_rank
-    out: list[int] = ranks.tolist()
-    return out
 
 
 def to_script(value: object) -> str:

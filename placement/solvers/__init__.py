@@ -13,8 +13,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from placement.layer_problem import LayerProblem, Objective
 from placement.placement_map import PlacementMap
-from placement.solvers.contract import LayerProblem, Objective, Slots, Strategy
+from placement.solvers.contract import Slots, Strategy
 from placement.solvers.folds import folds_by_picks
 from placement.solvers.hypergraph import hypergraph
 from placement.solvers.linear import linear
@@ -257,7 +258,7 @@ def default_load_cap(topology: Topology) -> float:
 
 
 def objective_of(model: MoESpec, topology: Topology, options: Options) -> Objective:
-    """The objective in the units of `contract.Objective`.
+    """The objective in the units of `layer_problem.Objective`.
 
     `time` on a topology with links is the slope of `predicted_time`.  Without links, or where the model's sizes are not
     known, dispatch and combine are each taken to last `TRANSFER_TO_COMPUTE` times as long as a random plan's experts.
@@ -269,7 +270,7 @@ def objective_of(model: MoESpec, topology: Topology, options: Options) -> Object
     if options.objective == "collaboration":
         return Objective(collaboration=1.0)
     if has_times(model, topology):
-        return Objective(**linear_costs(model, topology, options.workload)._asdict())
+        return linear_costs(model, topology, options.workload)
     if options.workload.mode == "per-expert":
         return Objective(load=1.0)
     across = 0.5 if topology.num_nodes > 1 else 0.0

@@ -21,7 +21,8 @@ import numpy as np
 import numpy.typing as npt
 
 from placement.choice import choose, ranks_of_experts
-from placement.solvers.contract import LayerProblem, Slots
+from placement.layer_problem import LayerProblem
+from placement.solvers.contract import Slots
 from placement.solvers.copies import with_copies
 from placement.solvers.swaps import DOUBLINGS, Effort, Tokens, Weights, over_folds, power, prepare, root, weights_of
 

@@ -9,8 +9,9 @@ from collections.abc import Collection, Sequence
 import numpy as np
 import numpy.typing as npt
 
+from placement.layer_problem import LayerProblem
 from placement.placement_map import EMPTY_SLOT
-from placement.solvers.contract import LayerProblem, Slots
+from placement.solvers.contract import Slots
 from placement.topology import Topology
 
 

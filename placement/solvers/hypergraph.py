@@ -9,8 +9,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from placement.layer_problem import LayerProblem
 from placement.placement_map import slots_of_ranks
-from placement.solvers.contract import LayerProblem, Slots
+from placement.solvers.contract import Slots
 from placement.solvers.copies import with_copies
 from placement.solvers.equal_sizes import RankOfExpert, equal_sizes, with_best_swaps, with_equal_sizes
 from profiler.errors import CoterieError

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import numpy as np
 
+from placement.layer_problem import LayerProblem
 from placement.placement_map import linear_slots
-from placement.solvers.contract import LayerProblem, Slots
+from placement.solvers.contract import Slots
 
 
 def linear(problem: LayerProblem, rng: np.random.Generator) -> Slots:

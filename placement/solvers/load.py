@@ -5,7 +5,8 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
-from placement.solvers.contract import LayerProblem, Slots
+from placement.layer_problem import LayerProblem
+from placement.solvers.contract import Slots
 from placement.solvers.copies import slots_of_held
 
 Ints = npt.NDArray[np.int64]

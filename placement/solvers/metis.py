@@ -5,8 +5,9 @@ from __future__ import annotations
 import numpy as np
 import pymetis
 
+from placement.layer_problem import LayerProblem
 from placement.placement_map import slots_of_ranks
-from placement.solvers.contract import LayerProblem, Slots
+from placement.solvers.contract import Slots
 from placement.solvers.copies import with_copies
 from placement.solvers.equal_sizes import intra_weight, with_best_swaps, with_equal_sizes
 

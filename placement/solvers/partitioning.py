@@ -12,8 +12,9 @@ from dataclasses import replace
 
 import numpy as np
 
+from placement.layer_problem import LayerProblem, Objective
 from placement.placement_map import slots_of_ranks
-from placement.solvers.contract import LayerProblem, Objective, Slots
+from placement.solvers.contract import Slots
 from placement.solvers.load import load as load_only
 from placement.solvers.search import ranks_of, search
 from profiler.errors import CoterieError
@@ -33,7 +34,8 @@ def partitioning(problem: LayerProblem, rng: np.random.Generator) -> Slots:
         CoterieError: there are free slots or groups to preserve, groups of experts are too many to enumerate, or token
             weights are not whole.
     """
-    from placement.certify import optimal_busiest_ingress, optimal_fan_out  # both import this package's contract
+    # Imports networkx and scipy's optimizers, which other strategies need not wait for.
+    from placement.certify import optimal_busiest_ingress, optimal_fan_out
     from placement.columns import can_enumerate
 
     if problem.num_groups > 1:
@@ -49,7 +51,7 @@ def partitioning(problem: LayerProblem, rng: np.random.Generator) -> Slots:
             "experts, which are too many; use more ranks, or 'search'"
         )
     balanced = ranks_of(load_only(problem, rng), problem)
-    load = np.bincount(balanced, problem.expert_load, minlength=problem.num_ranks)
+    load = problem.rank_load(balanced)
     load_cap = max(problem.load_cap, float(load.max() / max(load.mean(), 1e-300)))
     for_fan_out = problem.objective.fan_out > 0
     objective = Objective(fan_out=1.0) if for_fan_out else Objective(ingress=1.0)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from placement.solvers.contract import LayerProblem, Slots
+from placement.layer_problem import LayerProblem
+from placement.solvers.contract import Slots
 from placement.solvers.copies import slots_of_held
 from placement.solvers.equal_sizes import equal_sizes
 

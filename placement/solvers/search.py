@@ -16,9 +16,10 @@ from dataclasses import replace
 import numpy as np
 import numpy.typing as npt
 
+from placement.layer_problem import LayerProblem
 from placement.placement_map import EMPTY_SLOT, slots_of_ranks
 from placement.solvers.anneal import search_copies
-from placement.solvers.contract import LayerProblem, Slots
+from placement.solvers.contract import Slots
 from placement.solvers.load import load as load_only
 from placement.solvers.metis import metis
 from placement.solvers.spectral import spectral
@@ -106,7 +107,7 @@ def _within_cap(problem: LayerProblem, rank_of: Ints, rng: np.random.Generator) 
     load = problem.expert_load
 
     def highest(plan: Ints) -> float:
-        return float(np.bincount(plan, load, minlength=problem.num_ranks).max())
+        return float(problem.rank_load(plan).max())
 
     even = ranks_of(load_only(problem, rng), problem)
     limit = max(problem.load_cap * load.sum() / problem.num_ranks, highest(even)) * (1 + 1e-12)

@@ -22,7 +22,7 @@ import numba
 import numpy as np
 import numpy.typing as npt
 
-from placement.solvers.contract import LayerProblem
+from placement.layer_problem import LayerProblem
 
 Floats = npt.NDArray[np.float64]
 Ints = npt.NDArray[np.int64]
@@ -77,7 +77,7 @@ class Level(NamedTuple):
 
 
 class Weights(NamedTuple):
-    """Of the objective; see `contract.Objective`."""
+    """Of the objective; see `layer_problem.Objective`."""
 
     ingress: float
     node_ingress: float
