@@ -171,10 +171,10 @@ def _columns(problem: LayerProblem) -> Columns | None:
 
 def _least(problem: LayerProblem, columns: Columns | None, start: Ints, deadline: float, *, busiest: bool) -> _Found:
     """The least busiest ingress, or the least fan_out."""
-    if _is_matching(problem):
-        return _matched(problem, deadline, busiest=busiest)
     count, solve = (_busiest_by_counting, least_maximum) if busiest else (_fan_out_by_counting, least_sum)
     counted = _Found(start if _fits(problem, start) else None, count(problem), "counting")
+    if _is_matching(problem):
+        return _better(_matched(problem, deadline, busiest=busiest), counted)
     if columns is None:
         return counted
     solved = solve(columns, problem.num_ranks, _rows(problem, columns, start), deadline)

@@ -46,6 +46,8 @@ def read_any_map(
             return _of_these_ranks(PlacementMap.load_from(path), path, num_ranks, num_nodes)
         if "layer_list" in value:
             rows, name = _ascend_rows(value, path, num_ranks), "vllm-ascend map"
+            if len(rows) == model.num_layers + 1:  # the engine itself writes a draft model's layer behind the others
+                rows = rows[:-1]
             num_ranks = len(value["layer_list"][0]["device_list"])
         else:
             rows, name = _sglang_rows(value, path, model), "SGLang map"
@@ -54,9 +56,10 @@ def read_any_map(
         name = "TensorRT-LLM map"
     else:
         loaded = _read_tensor(path)
-        of_sglang = isinstance(loaded, dict)
-        rows = _sglang_rows(loaded, path, model) if isinstance(loaded, dict) else loaded
-        name = "SGLang map" if of_sglang else "EPLB map"
+        if isinstance(loaded, dict):
+            rows, name = _sglang_rows(loaded, path, model), "SGLang map"
+        else:
+            rows, name = loaded, "EPLB map"
     if rows.ndim != 2 or len(rows) != model.num_layers:
         raise CoterieError(
             f"{path}: a map of shape {rows.shape}, must have a row for each of {model.num_layers} MoE layers"

@@ -28,7 +28,6 @@ from profiler.analysis import (
 )
 from profiler.drift import domain_table
 from profiler.errors import CoterieError
-from profiler.folder import sources
 from profiler.profile import Profile
 
 MAX_LAYERS_STUDIED = 4
@@ -196,17 +195,16 @@ def planned_and_measured(
     part of its profile, or one that was united with others, that half is not known, so that it counts as seen.
     """
     if held_out is not None:
-        seen = placement.profile_digest in sources(held_out.digest, held_out.provenance) or (
-            placement.profile_digest == profile.digest
-            and held_out.digest in sources(profile.digest, profile.provenance)
+        seen = placement.profile_digest in held_out.sources or (
+            placement.profile_digest == profile.digest and held_out.digest in profile.sources
         )
         return profile, held_out, seen
     tokens = profile.require_tokens()
     if len(np.unique(tokens.sequence_ids)) < 2:
-        return profile, profile, placement.profile_digest in sources(profile.digest, profile.provenance)
+        return profile, profile, placement.profile_digest in profile.sources
     even, odd = profile.split_by_sequence()
     if placement.profile_digest != profile.digest:
-        return even, odd, placement.profile_digest in sources(profile.digest, profile.provenance)
+        return even, odd, placement.profile_digest in profile.sources
     used = [figures["tokens_planned_on"] for figures in (placement.metrics or {}).values()]
     return even, odd, not used or used[0] != even.require_tokens().num_tokens
 

@@ -92,8 +92,8 @@ class Recommendation:
         """In plain words."""
         if self.tokens is not None:
             return (
-                f"{self.tokens:,} tokens a layer are enough: they and more reach {TOLERANCE:.0%} of the final held-out "
-                f"figure ({self.figure:.3f} with {self.all_tokens:,})."
+                f"{self.tokens:,} tokens a layer are enough: they and more come within {TOLERANCE:.0%} of the final "
+                f"held-out figure ({self.figure:.3f} with {self.all_tokens:,})."
             )
         if self.still_falling is None:
             return f"{self.all_tokens:,} tokens a layer are too few to plan from parts of them; record more text."

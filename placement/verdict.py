@@ -71,10 +71,11 @@ def _worth(insight: Insight) -> Answer:
     times = _layer_times(insight)
     if times:  # how sure it is only the figure tells
         gain = 1 - times["plan"] / times[peer]
+    num_sequences = len(np.unique(insight.measured.require_tokens().sequence_ids))
     tone: Tone
     if gain < WORTH_IT_FROM:
         headline, tone = "Not worth it on these links" if times else "Not worth it", "bad"
-    elif low >= WORTH_IT_FROM:
+    elif low >= WORTH_IT_FROM and num_sequences > 1:  # one says nothing about others
         headline, tone = "Worth it", "good"
     else:
         headline, tone = "Perhaps worth it", "unsure"
@@ -85,19 +86,20 @@ def _worth(insight: Insight) -> Answer:
         headline, tone = "Not known: the plan weighs domains, these figures count all tokens alike", "unsure"
     if insight.seen:
         headline, tone = "Not known: measured on what it was planned with", "unsure"
-    num_sequences = len(np.unique(insight.measured.require_tokens().sequence_ids))
     busiest, of_peer_L = (insight.metrics[name].busiest_ingress for name in ("plan", peer))
     picked = of_peer_L > 0  # a layer may be without picks
     gain_L = 1 - busiest[picked] / of_peer_L[picked]
     ids = np.array(insight.profile.model.layer_ids)[picked]
     fan_out, after = (float(insight.interval(name, "fan_out")["value"]) for name in ("linear", "plan"))
-    fewer, least_fewer, most_fewer = (float(row[f"over_{peer}{end}"]) for end in ("", "_low", "_high"))
+    fewer, *ends = (float(row[f"over_{peer}{end}"]) for end in ("", "_low", "_high"))
+    least, most = sorted(ends if fewer >= 0 else (-end for end in ends))  # in the direction that the words name
+    sure = f"95% interval {least:+.1%} to {most:+.1%}" if num_sequences > 1 else "one sequence: how sure is not known"
     sentences = [
-        f"The busiest rank is reached by {row['value']:.1%} of all tokens: {_less(fewer)} than with {peer_words} (95% "
-        f"interval {least_fewer:+.1%} to {most_fewer:+.1%}) and {_less(float(row['over_linear']))} than in file order "
+        f"The busiest rank is reached by {row['value']:.1%} of all tokens: {_less(fewer)} than with {peer_words} "
+        f"({sure}) and {_less(float(row['over_linear']))} than in file order "
         f"({before['value']:.1%}).",
         f"The busiest rank does {imbalance:.2f} times the mean work ({of_peer:.2f} with {peer_words}); a token visits "
-        f"{after:.2f} ranks instead of {fan_out:.2f}.",
+        f"{after:.2f} ranks, {fan_out:.2f} in file order.",
     ]
     links = insight.plan.topology.links
     if times and links:
@@ -202,7 +204,8 @@ def _together(insight: Insight) -> Answer:
         "the former's tokens)"
         for pair in insight.pairs.head(NAMED).itertuples()
     )
-    specialized = int((insight.experts["role"] == "specialized").sum())
+    roles = insight.experts["role"].value_counts()
+    specialized, collaborative, alone = (int(roles.get(role, 0)) for role in ("specialized", "collaborative", "none"))
     after, before = (float(np.nanmean(insight.metrics[name].intra_share)) for name in ("plan", "linear"))
     return Answer(
         question,
@@ -212,7 +215,8 @@ def _together(insight: Insight) -> Answer:
             f"on average and {most['modularity']:.2f} in layer {most['layer']:.0f} (0 is chance).",
             f"The pairs that meet most beyond chance: {listed}.",
             f"The plan keeps {after:.1%} of all co-activated pairs on one rank, file order {before:.1%}. "
-            f"{specialized} of {len(insight.experts):,} experts are specialized, the others work with many.",
+            f"{specialized} of {len(insight.experts):,} experts are specialized, {collaborative} work with many"
+            + (f", {alone} with no other." if alone else "."),
         ),
         "plain",
     )
@@ -222,18 +226,19 @@ def _enough(insight: Insight) -> Answer:
     question = "How much data was enough?"
     if insight.study is None:
         return Answer(
-            question, "Not studied", ("Left out, or too few sequences (4 are needed) to plan from parts.",), "unsure"
+            question, "Not studied", ("Left out, or fewer than 4 sequences to plan from parts of them.",), "unsure"
         )
     found, halves = insight.study.recommendation, insight.study.halves
     headline = f"{found.tokens:,} tokens" if found.tokens is not None else "Perhaps too little text"
     apart = float((halves["second"] / halves["first"] - 1).abs().mean())
+    alike = float(halves["coactivation_correlation"].mean())
     return Answer(
         question,
         headline,
         (
             found.sentence,
-            f"Two plans from two halves of the text differ by {apart:.1%} in held-out busiest_ingress; the halves' "
-            f"co-activations correlate with r = {halves['coactivation_correlation'].mean():.2f}.",
+            f"Two plans from two halves of the text differ by {apart:.1%} in held-out busiest_ingress"
+            + (f"; the halves' co-activations correlate with r = {alike:.2f}." if np.isfinite(alike) else "."),
         ),
         "good" if found.tokens is not None else "bad",
     )
@@ -244,7 +249,9 @@ def _domains(insight: Insight) -> Answer:
     if not len(domains):
         return Answer(question, "One domain only", ("Profile texts of several domains to see.",))
     if domains["load_p"].isna().all():
-        told = "Sampling noise is known of domains of two sequences or more only; profile more text of each."
+        told = (
+            "So few sequences can be dealt in too few ways to tell a difference from chance; profile more text of each."
+        )
         return Answer(question, "Not known: too few sequences", (told,), "unsure")
     drifted = domains[domains["drifted"]]
     own = {0: "No domain routes its own way", 1: f"1 of {len(domains)} domains routes its own way"}
@@ -266,8 +273,15 @@ def _domains(insight: Insight) -> Answer:
         worst, worst_own = (part.loc[part["regret"].idxmax()] for part in (ours, own))
         sentences.append(
             f"Planning on the wrong domain costs {own['regret'].mean():+.1%} busiest_ingress on average, at worst "
-            f"{worst_own['regret']:+.1%} ({worst_own['planned_on']} for {worst_own['measured_on']}). This plan costs "
-            f"{worst['regret']:+.1%} at worst, on {worst['measured_on']}, against a plan of that domain's own."
+            f"{worst_own['regret']:+.1%} ({worst_own['planned_on']} for {worst_own['measured_on']})."
         )
-        tone = "unsure" if worst["regret"] > NOTICEABLE_REGRET else "good"
+        if insight.seen:  # which the domains' own plans have not
+            sentences.append("What this plan costs is not known: it has seen what is measured on.")
+            tone = "unsure"
+        else:
+            sentences.append(
+                f"This plan costs {worst['regret']:+.1%} at worst, on {worst['measured_on']}, against a plan of that "
+                "domain's own."
+            )
+            tone = "unsure" if worst["regret"] > NOTICEABLE_REGRET else "good"
     return Answer(question, headline, tuple(sentences) or ("Differences are within sampling noise.",), tone)

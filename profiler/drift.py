@@ -6,6 +6,7 @@ anew: a permutation test (Good, Permutation, Parametric and Bootstrap Tests of H
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -37,7 +38,8 @@ class Drift:
             37, 1991; 0 is alike, 1 is nothing in common) of the two sides' loads and co-activated pairs;
             `load_noise` and `coactivation_noise`, the median of what the same sequences show when they are dealt to the
             sides at random; `load_p` and `coactivation_p`, the share of deals that are as far apart or farther
-            (with the observed one among them, so never 0).
+            (with the observed one among them, so never 0); NaN where sides are so small that no difference between
+            them could be called drift.
         experts: a row for each layer and expert: `first_share` and `second_share` of the side's picks in the layer,
             `change`, their ratio (second over first), `z`, their difference over its standard deviation among deals.
         num_sequences: of each side.
@@ -192,7 +194,7 @@ def _drifts(
             rows.append(_expert_changes(layer_id, sides_BS @ load_SE, load_SE.sum(axis=0)))
     return [
         Drift(
-            _distance_table(model.layer_ids, of_layer),
+            _distance_table(model.layer_ids, of_layer, _can_drift(side)),
             pd.concat(rows, ignore_index=True),
             (int(side.sum()), int((~side).sum())),
         )
@@ -207,6 +209,15 @@ def _deals(first_S: npt.NDArray[np.bool_], num_permutations: int, rng: np.random
     sides = np.tile(first_S.astype(np.float32), (1 + num_permutations, 1))
     sides[1:] = rng.permuted(sides[1:], axis=1)
     return sides
+
+
+def _can_drift(first_S: npt.NDArray[np.bool_]) -> bool:
+    """Whether sequences can be dealt to the sides in so many ways that the one observed may stand out.
+
+    The p of the farthest of all deals is one over their number; of equal sides two are the same with names changed.
+    """
+    total, chosen = len(first_S), int(first_S.sum())
+    return math.comb(total, chosen) / (2 if 2 * chosen == total else 1) > 2 / DRIFT_BELOW
 
 
 def _sequence_counts(
@@ -249,7 +260,7 @@ def _expert_changes(layer_id: int, in_first_BE: Float32s, load_E: Float32s) -> p
     )
 
 
-def _distance_table(layer_ids: tuple[int, ...], distances: dict[str, list[Floats]]) -> pd.DataFrame:
+def _distance_table(layer_ids: tuple[int, ...], distances: dict[str, list[Floats]], can_drift: bool) -> pd.DataFrame:
     """`Drift.layers` from the distances (1 + permutations,) of each layer."""
     columns: dict[str, list[float]] = {}
     for name, per_layer in distances.items():
@@ -260,5 +271,5 @@ def _distance_table(layer_ids: tuple[int, ...], distances: dict[str, list[Floats
         farther = (dealt >= observed * (1 - 1e-6)).sum(axis=1)  # as far apart but for rounding
         columns[f"{name}_distance"] = observed[:, 0].tolist()
         columns[f"{name}_noise"] = (np.median(dealt, axis=1) if known else nothing).tolist()
-        columns[f"{name}_p"] = ((1 + farther) / (1 + dealt.shape[1]) if known else nothing).tolist()
+        columns[f"{name}_p"] = ((1 + farther) / (1 + dealt.shape[1]) if known and can_drift else nothing).tolist()
     return pd.DataFrame({"layer": [*map(str, layer_ids), "all"], **columns})

@@ -66,6 +66,11 @@ class Profile:
             files[on_disk.shard_name(number)] = _hash(on_disk.shard_bytes(shard))
         return on_disk.content_digest(self.model, self.domains, files)
 
+    @property
+    def sources(self) -> list[str]:
+        """Its digest, and those of profiles that it was split from or united of."""
+        return on_disk.sources(self.digest, self.provenance)
+
     def require_tokens(self) -> TokenTrace:
         """The token sets.
 

@@ -23,8 +23,9 @@ from profiler.recorder import Recorder
 from profiler.trace import TokenTrace
 from profiler.writer import ProfileWriter, unfinished_folder
 
+_NEW_NOTES = ("dtype", "config")  # which complete recordings of older versions are without
 
-@torch.no_grad()
+
 def profile_model(
     loaded: LoadedModel,
     documents: Sequence[Document],
@@ -83,7 +84,7 @@ def profile_model(
     }
     told = {**run, "seed": seed, "max_traced_tokens": max_traced_tokens}
     done = _stored(out) if resume and not unfinished_folder(out).exists() else None
-    if done is not None and all(done.provenance.get(key, value) == value for key, value in told.items()):
+    if done is not None and told.items() <= {**{key: run[key] for key in _NEW_NOTES}, **done.provenance}.items():
         remove_remains(behind_link(out), ["counts.safetensors", *done.shards])
         on_progress(batches.num_tokens, batches.num_tokens)
         return done

@@ -190,6 +190,19 @@ def test_domains_of_one_sequence_each_are_told_nothing_about():
     assert not table["drifted"].any()
 
 
+@pytest.mark.parametrize(("num_sequences", "known"), [(6, False), (8, False), (12, True)])
+def test_sides_of_few_sequences_have_a_noise_and_no_p(num_sequences, known):
+    """20 deals of 6 sequences, 70 of 8: the farthest of them is not rare enough to be called drift, whatever it is."""
+    ids = np.zeros((1, 120, 2), np.uint8)
+    ids[0, :60], ids[0, 60:] = [0, 1], [2, 3]
+    trace = make_trace(ids, num_sequences=num_sequences)
+    trace.domain_ids[:] = np.arange(120) >= 60
+    table = domain_table(Profile.from_tokens(make_spec(1, 8, 2), ["a", "b"], trace, {}))
+    assert table["load_p"].notna().tolist() == [known] * 2
+    assert table["drifted"].tolist() == [known] * 2
+    assert table["load_noise"].notna().all()
+
+
 def test_an_expert_that_one_domain_alone_picks_is_only_there():
     ids = np.tile(np.array([[0, 1], [2, 3]], np.uint8), (40, 1))[None]
     ids[0, 40:, 0] = 5

@@ -144,6 +144,15 @@ def test_copies_leave_more_to_choose_from():
     assert kept[True] > kept[False]
 
 
+def test_with_copies_too_a_token_that_needs_no_more_keeps_its_picks():
+    """Ranks 0 to 2 hold a on 0 and 1, b on 1, c on 2, d and e on 0 and 2: 1 and 2 are enough, by score 0 would be opened."""
+    held = torch.tensor([[1, 1, 0], [0, 1, 0], [0, 0, 1], [1, 0, 1], [1, 0, 1], [1, 0, 0]], dtype=torch.bool)
+    scores = torch.tensor([[0.25, 0.20, 0.18, 0.17, 0.16, 0.04]])
+    ids = select_within_limit(scores, held, 2, 5, None, has_copies=True)
+    assert sorted(ids[0].tolist()) == [0, 1, 2, 3, 4]
+    assert select_within_limit_reference(scores.tolist(), held.tolist(), 2, 5, None) == ids.tolist()
+
+
 def test_with_copies_the_experts_of_each_combination_of_ranks_count(monkeypatch):
     slots = np.array([[0, 1, 4, 2, 3, 5, 4, 5, 6, 7, 0, 2]])
     placement = PlacementMap(make_spec(1, 8, 4), Topology(1, 4, 3), slots, {"name": "copies"})

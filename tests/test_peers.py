@@ -223,20 +223,22 @@ def test_copies_by_hand():
 @given(st.integers(1, 20), st.integers(1, 6), st.integers(0, 2**32 - 1))
 def test_repair_makes_sizes_equal_and_swaps_end_where_none_helps(num_experts, num_ranks, seed):
     rng = np.random.default_rng(seed)
-    affinity = np.triu(rng.integers(0, 9, (num_experts, num_experts)), 1).astype(float)
-    affinity += affinity.T
-    equal = with_equal_sizes(rng.integers(0, num_ranks, num_experts), affinity, num_ranks)
+    coactivation = np.triu(rng.integers(0, 9, (num_experts, num_experts)), 1).astype(float)
+    coactivation += coactivation.T
+    equal = with_equal_sizes(rng.integers(0, num_ranks, num_experts), coactivation, num_ranks)
     sizes = np.bincount(equal, minlength=num_ranks)
     assert sorted(sizes) == sorted(equal_sizes(num_experts, num_ranks))
-    assert (with_equal_sizes(equal, affinity, num_ranks) == equal).all()
-    swapped = with_best_swaps(equal, affinity, num_ranks)
+    assert (with_equal_sizes(equal, coactivation, num_ranks) == equal).all()
+    swapped = with_best_swaps(equal, coactivation, num_ranks)
     assert (np.bincount(swapped, minlength=num_ranks) == sizes).all()
-    value = intra_weight(swapped, affinity)
-    assert value >= intra_weight(equal, affinity)
+    value = intra_weight(swapped, coactivation)
+    assert value >= intra_weight(equal, coactivation)
     for a, b in itertools.combinations(range(num_experts), 2):
         other = swapped.copy()
         other[[a, b]] = swapped[[b, a]]
-        together = sum(affinity[i, j] for i, j in itertools.combinations(range(num_experts), 2) if other[i] == other[j])
+        together = sum(
+            coactivation[i, j] for i, j in itertools.combinations(range(num_experts), 2) if other[i] == other[j]
+        )
         assert together <= value
 
 

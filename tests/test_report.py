@@ -99,7 +99,7 @@ def test_the_page_holds_the_profiles_counts(profile, planned):
     packed = np.frombuffer(zlib.decompress(base64.b64decode(value["pairs"])), "<u4").reshape(2, -1)
     upper = np.triu_indices(16, 1)
     assert (packed == profile.counts.coactivation.sum(axis=0)[:, upper[0], upper[1]]).all()
-    assert value["rankOf"] == planned.rank_of_expert.tolist()
+    assert value["ranksOf"] == planned.rank_of_expert[:, :, None].tolist()
     shown = value["maps"]["plan"]["ingress"]
     assert np.allclose(shown, insight.metrics["plan"].ingress, atol=1e-4)
 
@@ -238,6 +238,32 @@ def test_the_verdict_is_about_unseen_traffic():
     assert answers(insight_of(profile, everything))["worth"].headline.startswith("Not known")
     first, second = profile.split_by_sequence()
     assert not insight_of(first, plan(first, TOPOLOGY), held_out=second).seen
+
+
+def test_one_sequence_says_nothing_about_others(profile):
+    tokens = profile.require_tokens()
+    one = replace(tokens, sequence_ids=np.zeros_like(tokens.sequence_ids))
+    one_sequence = Profile.from_tokens(profile.model, profile.domains, one, {})
+    told = answers(insight_of(profile, plan(profile, TOPOLOGY), held_out=one_sequence))["worth"]
+    assert told.tone != "good"
+    assert "one sequence: how sure is not known" in told.sentences[0]
+
+
+def test_a_loss_has_its_interval_in_the_same_words(profile):
+    first, second = profile.split_by_sequence()
+    told = answers(insight_of(first, plan(first, TOPOLOGY, "random"), held_out=second))["worth"].sentences[0]
+    share, low, high = map(
+        float, re.search(r": ([\d.]+)% more .*?interval ([+-][\d.]+)% to ([+-][\d.]+)%", told).groups()
+    )
+    assert low <= share <= high
+
+
+def test_what_has_seen_its_traffic_costs_no_domain_anything_that_is_known(profile):
+    seen = answers(insight_of(profile, plan(profile, TOPOLOGY), study=True))["domains"]
+    assert seen.tone == "unsure"
+    assert "it has seen what is measured on" in seen.sentences[-1]
+    unseen = answers(insight_of(profile, plan_and_compare(profile, TOPOLOGY), study=True))["domains"]
+    assert "This plan costs" in unseen.sentences[-1]
 
 
 def test_uneven_ranks_are_drawn_as_file_order_places_them():

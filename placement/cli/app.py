@@ -19,6 +19,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.status import Status
+from typer.core import TyperGroup
 
 from profiler.errors import CoterieError
 
@@ -73,6 +74,7 @@ Data = Annotated[
         "be given several times; texts that come with coterie if left out."
     ),
 ]
+Device = Annotated[str | None, typer.Option(help="Such as cpu or cuda:0; chosen if left out.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
 Ranks = Annotated[int, typer.Option(help="Ranks of the expert-parallel group.")]
 
@@ -101,6 +103,16 @@ DispatchMode = Annotated[
     Dispatch,
     typer.Option(help="A token is sent once to each rank that serves it, or once for each expert."),
 ]
+
+
+def group_with_default(command: str) -> type[TyperGroup]:
+    """A group of commands whose name alone means one of them, such as `coterie profile MODEL`."""
+
+    class Group(TyperGroup):
+        def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+            return super().parse_args(ctx, args if args and args[0] in self.commands else [command, *args])
+
+    return Group
 
 
 def waiting(text: str) -> Status:

@@ -12,7 +12,20 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.table import Column, Table
 
-from placement.cli.app import Data, Json, Model, Nodes, app, notes, print_json, progress_bar, seed_option, tables
+from placement.cli.app import (
+    Data,
+    Device,
+    Json,
+    Model,
+    Nodes,
+    Ranks,
+    app,
+    notes,
+    print_json,
+    progress_bar,
+    seed_option,
+    tables,
+)
 from profiler.errors import CoterieError
 from profiler.files import require_writable, require_writable_parent, write_together
 
@@ -44,7 +57,6 @@ ConstraintFile = Annotated[
 ]
 HeldOut = Annotated[list[str] | None, typer.Option(help="Text to measure on, as --data.")]
 HeldOutTokens = Annotated[int, typer.Option(help="Tokens to measure on.")]
-Device = Annotated[str | None, typer.Option(help="Such as cpu or cuda:0; chosen if left out.")]
 
 
 @app.command()
@@ -147,7 +159,7 @@ def _require_options(
 @app.command()
 def codesign(
     model: Model = None,
-    ranks: Annotated[int, typer.Option(help="Ranks of the expert-parallel group.")] = 4,
+    ranks: Ranks = 4,
     nodes: Nodes = 1,
     method: Annotated[Method, typer.Option(help="Device-aware C2R lists, or pruning by router scores.")] = Method.C2R,
     top_t: Annotated[int | None, typer.Option("--top-t", help="C2R: collaborators of each expert.")] = None,

@@ -11,9 +11,20 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.table import Table
-from typer.core import TyperGroup
 
-from placement.cli.app import Data, Json, app, notes, print_json, progress_bar, seed_option, tables, waiting
+from placement.cli.app import (
+    Data,
+    Device,
+    Json,
+    app,
+    group_with_default,
+    notes,
+    print_json,
+    progress_bar,
+    seed_option,
+    tables,
+    waiting,
+)
 from profiler.errors import CoterieError
 from profiler.files import require_writable
 
@@ -33,14 +44,9 @@ class Target(StrEnum):
     CHECKPOINT = "checkpoint"
 
 
-class _ExportGroup(TyperGroup):
-    """`coterie export PLAN` exports; `verify` is a command of its own."""
-
-    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        return super().parse_args(ctx, args if args and args[0] in self.commands else ["plan", *args])
-
-
-export_app = typer.Typer(cls=_ExportGroup, help="Write a plan as engines load it; verify a permuted checkpoint.")
+export_app = typer.Typer(
+    cls=group_with_default("plan"), help="Write a plan as engines load it; verify a permuted checkpoint."
+)
 app.add_typer(export_app, name="export")
 
 
@@ -146,7 +152,7 @@ def verify(
     tolerance: Annotated[
         float, typer.Option(help="Largest difference of logits that counts as equal, over the largest logit.")
     ] = 1e-4,
-    device: Annotated[str | None, typer.Option(help="Such as cpu or cuda:0; chosen if left out.")] = None,
+    device: Device = None,
     dtype: Annotated[str, typer.Option(help="float32 shows errors that coarser types hide in rounding.")] = "float32",
     seed: Annotated[int | None, seed_option("Of random tokens; 0 if left out.")] = None,
     as_json: Json = False,

@@ -107,7 +107,6 @@ def plan(
     from placement.solvers import ALWAYS_COMPARED, STRATEGIES, Options
     from placement.timing import Workload
     from placement.topology import Links, Topology
-    from profiler.folder import sources
     from profiler.profile import Profile
 
     require_writable(out)
@@ -167,10 +166,7 @@ def plan(
             total = recorded.model.num_layers * len(recorded.domains)
             done = iter(range(1, total + 1))
             regrets = domain_regret(recorded, placement, options, unseen, lambda: advance_to(next(done), total))
-    seen = unseen is not None and (
-        recorded.digest in sources(unseen.digest, unseen.provenance)
-        or unseen.digest in sources(recorded.digest, recorded.provenance)
-    )
+    seen = unseen is not None and (recorded.digest in unseen.sources or unseen.digest in recorded.sources)
     sentences = verdict(placement.metrics, strategy, options, seen=seen)
     if as_json:
         value = {"plan": str(out), "strategy": strategy, "metrics": placement.metrics, "verdict": sentences}

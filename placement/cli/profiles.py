@@ -9,13 +9,25 @@ import re
 import time
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.table import Column, Table
-from typer.core import TyperGroup
 
-from placement.cli.app import Data, Json, Model, app, notes, print_json, progress_bar, seed_option, tables, waiting
+from placement.cli.app import (
+    Data,
+    Device,
+    Json,
+    Model,
+    app,
+    group_with_default,
+    notes,
+    print_json,
+    progress_bar,
+    seed_option,
+    tables,
+    waiting,
+)
 from placement.cli.tables import profile_table
 from profiler.errors import CoterieError
 from profiler.files import require_writable
@@ -24,14 +36,9 @@ if TYPE_CHECKING:
     from profiler.folder import StoredProfile
 
 
-class _ProfileGroup(TyperGroup):
-    """`coterie profile MODEL` records; `merge` and `split` are commands of their own."""
-
-    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        return super().parse_args(ctx, args if args and args[0] in self.commands else ["record", *args])
-
-
-profile_app = typer.Typer(cls=_ProfileGroup, help="Record which experts every token of a text picks; merge; split.")
+profile_app = typer.Typer(
+    cls=group_with_default("record"), help="Record which experts every token of a text picks; merge; split."
+)
 app.add_typer(profile_app, name="profile")
 
 
@@ -59,7 +66,7 @@ def profile(
         int | None, seed_option("Take the texts in random order; of the sample and of decoding too.")
     ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with a recording that was stopped.")] = False,
-    device: Annotated[str | None, typer.Option(help="Such as cpu or cuda:0; chosen if left out.")] = None,
+    device: Device = None,
     device_map: Annotated[
         str | None, typer.Option(help="auto spreads a model that is larger than one accelerator.")
     ] = None,
@@ -172,7 +179,6 @@ def split_profile(
     """
     from dataclasses import replace
 
-    from profiler.folder import sources
     from profiler.profile import Profile
 
     recorded = Profile.load_from(run)
@@ -192,7 +198,7 @@ def split_profile(
     for folder, name in folders.items():
         part = replace(
             parts[name],
-            provenance={**parts[name].provenance, "made_from": sources(recorded.digest, recorded.provenance)},
+            provenance={**parts[name].provenance, "made_from": recorded.sources},
         )
         part.save(folder)
         written[str(folder)] = part.num_tokens

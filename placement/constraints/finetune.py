@@ -317,10 +317,14 @@ def _write(
         write_json(unfinished / RUN_FILE, run)
         sync(file for file in unfinished.rglob("*") if file.is_file())  # before the checkpoints go
         put_in_place(unfinished, out)
-    except (OSError, RuntimeError, SafetensorError) as error:  # what the libraries have for a disk that is full
+    except CoterieError:
+        raise
+    except Exception as error:  # each library has its own for a disk that is full
         if "memory" in str(error):
             raise
-        raise CoterieError(f"{out}: cannot be written ({first_line(error)}); free some space") from error
+        raise CoterieError(
+            f"{out}: cannot be written ({first_line(error)}); free some space, or mend what it names"
+        ) from error
 
 
 def checkpoint_folder(out: Path) -> Path:

@@ -132,13 +132,13 @@ def _fill_rank_by_rank(together_EE: Int64s, slots_P: Int64s, placement: Placemen
     """One layer's order of all others for each expert, int64 (E, E-1)."""
     experts, topology = len(together_EE), placement.topology
     on_rank = ranks_held(slots_P, experts, topology.slots_per_rank, topology.num_ranks)
-    affinity_ER = together_EE @ on_rank.astype(np.int64)
+    with_rank_ER = together_EE @ on_rank.astype(np.int64)
     node_of_rank = np.arange(topology.num_ranks) // topology.ranks_per_node
     lists = np.empty((experts, experts - 1), dtype=np.int64)
     for expert in range(experts):
         own = on_rank[expert]
         on_own_node = np.isin(node_of_rank, node_of_rank[own])
-        ranks = np.lexsort((np.arange(topology.num_ranks), -affinity_ER[expert], ~on_own_node, ~own))
+        ranks = np.lexsort((np.arange(topology.num_ranks), -with_rank_ER[expert], ~on_own_node, ~own))
         best_first = np.argsort(-together_EE[expert], kind="stable")
         in_order = [other for rank in ranks for other in best_first[on_rank[best_first, rank]].tolist()]
         lists[expert] = [other for other in dict.fromkeys(in_order) if other != expert]

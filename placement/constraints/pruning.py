@@ -138,6 +138,20 @@ def open_places(
         held_EG: bool, a layer of `RankLimit.held`, on the same device.
         has_copies: whether an expert may be in several places; if not, much is simpler.
     """
+    opened_TG = _opened(ids_TK, scores_TK, held_EG, limit, has_copies=has_copies)
+    if not has_copies:
+        return opened_TG
+    # Experts with fewer copies first, a token may need no more places than it may visit; then it keeps its picks.
+    order_TK = held_EG[ids_TK].sum(dim=-1).argsort(dim=1, stable=True)
+    ids_TK, scores_TK = ids_TK.gather(1, order_TK), scores_TK.gather(1, order_TK)
+    needed_TG = _opened(ids_TK, scores_TK, held_EG, held_EG.shape[1], has_copies=True)
+    return torch.where(needed_TG.sum(dim=-1, keepdim=True) <= limit, needed_TG, opened_TG)
+
+
+def _opened(
+    ids_TK: torch.Tensor, scores_TK: torch.Tensor, held_EG: torch.Tensor, limit: int, *, has_copies: bool
+) -> torch.Tensor:
+    """Places opened for one pick after the other, each time that which holds most of what is left, bool (T, G)."""
     held_TKG = held_EG[ids_TK]
     opened_TG = torch.zeros_like(held_TKG[:, 0])
     for k in range(ids_TK.shape[1]):
@@ -196,17 +210,25 @@ def select_within_limit_reference(
     similarity_EE: list[list[float]] | None,
 ) -> list[list[int]]:
     """`select_within_limit`, token by token; ties go to the lower number."""
-    out = []
-    for scores in scores_TE:
-        by_score = sorted(range(len(scores)), key=lambda expert: (-scores[expert], expert))
-        picks, opened = by_score[:top_k], set[int]()
+
+    def opened_for(picks: list[int], scores: list[float], most: int) -> set[int]:
+        opened = set[int]()
         for pick in picks:
             places = [place for place, held in enumerate(held_EG[pick]) if held]
-            if opened.intersection(places) or len(opened) == limit:
+            if opened.intersection(places) or len(opened) == most:
                 continue
             left = [other for other in picks if not any(held_EG[other][place] for place in opened)]
             gain = {place: sum(scores[other] for other in left if held_EG[other][place]) for place in places}
             opened.add(max(places, key=lambda place: (gain[place], -place)))
+        return opened
+
+    out = []
+    for scores in scores_TE:
+        by_score = sorted(range(len(scores)), key=lambda expert: (-scores[expert], expert))
+        picks = by_score[:top_k]
+        opened = opened_for(sorted(picks, key=lambda expert: sum(held_EG[expert])), scores, len(held_EG[0]))
+        if len(opened) > limit:
+            opened = opened_for(picks, scores, limit)
         inside = {expert for expert in by_score if any(held_EG[expert][place] for place in opened)}
         if similarity_EE is None:
             out.append([expert for expert in by_score if expert in inside][:top_k])

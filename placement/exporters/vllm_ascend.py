@@ -25,7 +25,10 @@ def export(placement: PlacementMap, path: Path, served: ServedModel) -> Export:
     if topology.num_ranks == 1:
         raise CoterieError("vllm-ascend passes over the map on 1 rank; plan for at least 2")
     if served.num_mtp > 1:
-        raise CoterieError(f"{served.num_mtp} MTP layers: vllm-ascend takes a map with at most 1; serve with fewer")
+        raise CoterieError(
+            f"{served.num_mtp} MTP layers: vllm-ascend takes a map with at most 1; serve with fewer, and give "
+            "--num-mtp-layers 0 or 1"
+        )
     layer_list = []
     for ordinal, row in enumerate(full_rows(placement, "vllm-ascend")):
         ranks = [row[first : first + topology.slots_per_rank] for first in range(0, len(row), topology.slots_per_rank)]

@@ -16,6 +16,9 @@ function between(stops, t) {
   return stops[i].map((v, k) => v + (stops[i + 1][k] - v) * (x - i));
 }
 const rgb = c => `rgb(${c.map(Math.round).join(",")})`;
+const firstRank = (layer, expert) => data.ranksOf[layer][expert][0];
+const rankNames = (layer, expert) => { const ranks = data.ranksOf[layer][expert]; return `rank${ranks.length > 1 ? "s" : ""} ${ranks.join(", ")}`; };
+const together = (layer, a, b) => data.ranksOf[layer][a].some(rank => data.ranksOf[layer][b].includes(rank));
 const rankColour = rank => R <= PALETTE.length ? PALETTE[rank] : rgb(between(CIVIDIS, rank / (R - 1)));
 function liftStops() {  // purple below chance, orange above, the page's own tone at chance
   const mid = css("--mid").split(",").map(Number);
@@ -34,7 +37,7 @@ function showTip(text, event) {
   tip.style.left = Math.max(4, Math.min(event.clientX + 14, innerWidth - box.width - 8)) + "px";
   tip.style.top = (event.clientY + 18 + box.height > innerHeight ? event.clientY - box.height - 10 : event.clientY + 18) + "px";
 }
-document.addEventListener("pointermove", event => {
+for (const kind of ["pointermove", "pointerdown"]) document.addEventListener(kind, event => {
   const target = event.target.closest?.("[data-tip], canvas");
   if (!target) return showTip("", event);
   showTip(target.dataset.tip ?? target.tipAt?.(event.offsetX / target.clientWidth, event.offsetY / target.clientHeight) ?? "", event);
@@ -140,6 +143,15 @@ function ticks(top) {
 function legend(names) {
   return `<div class="key">${names.map(name => `<span><i style="background:var(--${name})"></i>${NAMES[name]}</span>`).join("")}</div>`;
 }
+function asTable(series, labels, axis, show) {  // what only the pointer would reach
+  const names = Object.keys(series), rows = labels.map((label, k) => `<tr><th>${label}</th>${names.map(name => `<td>${show(series[name][k], true)}</td>`).join("")}</tr>`);
+  return `<details><summary>As a table</summary><div class="tall"><table><thead><tr><th>${axis}</th>${names.map(name => `<th>${NAMES[name] ?? name}</th>`).join("")}</tr></thead><tbody>${rows.join("")}</tbody></table></div></details>`;
+}
+function put(id, html) {  // a table that is open stays open
+  const box = byId(id), open = box.querySelector("details")?.open;
+  box.innerHTML = html;
+  if (open) box.querySelector("details").open = true;
+}
 function bars(series, labels, axis, unit, show, marked = true) {  // series: {name: values}; marked: a line at each one's maximum
   const names = Object.keys(series), w = 520, h = 190, left = 46, bottom = 34;
   const top = Math.max(...names.flatMap(name => series[name])) * 1.06 || 1;
@@ -158,7 +170,7 @@ function bars(series, labels, axis, unit, show, marked = true) {  // series: {na
   if (marked) names.forEach(name => { const m = Math.max(...series[name]); out += `<line x1="${left}" x2="${w}" y1="${y(m)}" y2="${y(m)}" stroke="var(--${name})" stroke-dasharray="4 3" pointer-events="none"/>`; });
   out += `<text x="${(w + left) / 2}" y="${h - 3}" text-anchor="middle">${axis}</text>`;
   out += `<text transform="translate(9 ${(h - bottom) / 2}) rotate(-90)" text-anchor="middle">${unit}</text></svg>`;
-  return out + legend(names);
+  return out + legend(names) + asTable(series, labels, axis, show);
 }
 function drawStrip() {
   const names = Object.keys(data.maps), w = 1100, h = 210, left = 52, bottom = 36;
@@ -166,7 +178,8 @@ function drawStrip() {
   const all = names.flatMap(name => series[name]), low = Math.max(0, Math.min(...all) - 0.15 * (Math.max(...all) - Math.min(...all)) - 0.01);
   const top = Math.max(...all) + 0.02, x = k => left + (w - left - 10) * (k + 0.5) / L, y = v => (h - bottom) * (1 - (v - low) / (top - low));
   let out = svgHead(w, h, "busiest ingress by layer");
-  for (const t of ticks(top - low).map(t => t + Math.ceil(low * 20) / 20).filter(t => t <= top)) out += `<line class="axis" x1="${left}" x2="${w}" y1="${y(t)}" y2="${y(t)}"/><text x="${left - 6}" y="${y(t) + 4}" text-anchor="end">${percent(t, 0)}</text>`;
+  const step = ticks(top - low)[1];
+  for (let t = Math.ceil(low / step) * step; t <= top; t += step) out += `<line class="axis" x1="${left}" x2="${w}" y1="${y(t)}" y2="${y(t)}"/><text x="${left - 6}" y="${y(t) + 4}" text-anchor="end">${percent(t, 0)}</text>`;
   out += `<rect x="${x(state.layer) - (w - left) / L / 2}" y="0" width="${(w - left - 10) / L}" height="${h - bottom}" fill="var(--wash)"/>`;
   for (const name of names) {
     if (L > 1) out += `<polyline points="${series[name].map((v, k) => `${x(k)},${y(v)}`).join(" ")}" fill="none" stroke="var(--${name})" stroke-width="2"/>`;
@@ -179,7 +192,7 @@ function drawStrip() {
     out += `<rect data-layer="${k}" x="${x(k) - (w - left - 10) / L / 2}" y="0" width="${(w - left - 10) / L}" height="${h - bottom}" fill="transparent" style="cursor:pointer" data-tip="layer ${id}\n${lines}"/>`;
   });
   out += `<text x="${(w + left) / 2}" y="${h - 3}" text-anchor="middle">MoE layer</text><text transform="translate(10 ${(h - bottom) / 2}) rotate(-90)" text-anchor="middle">share of all tokens</text></svg>`;
-  byId("strip").innerHTML = out + legend(names);
+  put("strip", out + legend(names) + asTable(series, data.layers, "MoE layer", v => percent(v)));
   byId("strip").onclick = event => { const at = event.target.dataset?.layer; if (at !== undefined) choose(Number(at)); };
 }
 function drawCurve() {
@@ -203,7 +216,7 @@ function drawCurve() {
   let drawn = -99;
   for (const n of ends) { const at = x(Math.log2(n)); if (at - drawn < 56) continue; drawn = at; out += `<text x="${at}" y="${h - bottom + 15}" text-anchor="middle">${whole(n)}</text>`; }
   out += `<text x="${(w + left) / 2}" y="${h - 4}" text-anchor="middle">tokens planned with (each counts in every layer)</text><text transform="translate(9 ${(h - bottom) / 2}) rotate(-90)" text-anchor="middle">busiest ingress, share of tokens</text></svg>`;
-  box.innerHTML = out;
+  put("curve", out + asTable({ "busiest ingress": c.value }, c.tokens.map(whole), "tokens planned with", v => percent(v, 2)));
 }
 function drawTransfer() {
   const t = data.transfer;
@@ -223,18 +236,18 @@ function drawTransfer() {
 }
 function drawGraph() {
   const layer = state.layer, w = 520, h = 420, pad = 22, place = data.places[layer].map(([a, b]) => [pad + (w - 2 * pad) * a / 1000, pad + (h - 2 * pad) * b / 1000]);
-  const load = data.load[layer], most = Math.max(...load, 1), rank = data.rankOf[layer], edges = new Map();
+  const load = data.load[layer], most = Math.max(...load, 1), edges = new Map();
   for (let a = 0; a < E; a++) for (const b of partners(layer, a, 3)) edges.set(Math.min(a, b) * E + Math.max(a, b), pairCount(layer, a, b));
   const strongest = Math.max(...edges.values(), 1), big = E <= 64 ? 1 : E <= 128 ? 0.75 : 0.55;
   let out = "";
-  const sorted = [...edges].map(([key, count]) => [Math.floor(key / E), key % E, count]).sort((p, q) => (rank[p[0]] === rank[p[1]]) - (rank[q[0]] === rank[q[1]]));
+  const sorted = [...edges].map(([key, count]) => [Math.floor(key / E), key % E, count]).sort((p, q) => together(layer, p[0], p[1]) - together(layer, q[0], q[1]));
   for (const [a, b, count] of sorted) {
-    const same = rank[a] === rank[b], mine = a === state.expert || b === state.expert;
-    out += `<line x1="${place[a][0]}" y1="${place[a][1]}" x2="${place[b][0]}" y2="${place[b][1]}" stroke="var(--${mine ? "mark" : same ? "text" : "line"})" stroke-width="${(0.5 + 3 * count / strongest).toFixed(2)}" opacity="${same || mine ? 0.85 : 0.9}" data-tip="experts ${a} and ${b}: ${whole(count)} tokens, ${lift(layer, a, b).toFixed(2)} times chance\n${same ? "on one rank" : `ranks ${rank[a]} and ${rank[b]}`}"/>`;
+    const same = together(layer, a, b), mine = a === state.expert || b === state.expert;
+    out += `<line x1="${place[a][0]}" y1="${place[a][1]}" x2="${place[b][0]}" y2="${place[b][1]}" stroke="var(--${mine ? "mark" : same ? "text" : "line"})" stroke-width="${(0.5 + 3 * count / strongest).toFixed(2)}" opacity="${same || mine ? 0.85 : 0.9}" data-tip="experts ${a} and ${b}: ${whole(count)} tokens, ${lift(layer, a, b).toFixed(2)} times chance\n${same ? "on one rank" : `${rankNames(layer, a)} and ${rankNames(layer, b)}`}"/>`;
   }
   for (let e = 0; e < E; e++) {
     const r = big * (4 + 8 * Math.sqrt(load[e] / most)), found = e === state.expert;
-    out += `<circle class="node" cx="${place[e][0]}" cy="${place[e][1]}" r="${r + (found ? 3 : 0)}" fill="${rankColour(rank[e])}" stroke="var(--${found ? "bad" : "card"})" stroke-width="${found ? 3 : 1}" style="cursor:pointer" data-expert="${e}" data-tip="expert ${e}, rank ${rank[e]}\n${whole(load[e])} tokens (${percent(load[e] / data.tokens)})\nwith ${partners(layer, e, 3).map(o => `${o} (${lift(layer, e, o).toFixed(1)}x)`).join(", ") || "nobody"}"/>`;
+    out += `<circle class="node" cx="${place[e][0]}" cy="${place[e][1]}" r="${r + (found ? 3 : 0)}" fill="${rankColour(firstRank(layer, e))}" stroke="var(--${found ? "bad" : "card"})" stroke-width="${found ? 3 : 1}" style="cursor:pointer" data-expert="${e}" data-tip="expert ${e}, ${rankNames(layer, e)}\n${whole(load[e])} tokens (${percent(load[e] / data.tokens)})\nwith ${partners(layer, e, 3).map(o => `${o} (${lift(layer, e, o).toFixed(1)}x)`).join(", ") || "nobody"}"/>`;
     if (E <= 64) out += `<text x="${place[e][0]}" y="${place[e][1] - r - 2}" text-anchor="middle" font-size="9" pointer-events="none">${e}</text>`;
   }
   byId("graph").innerHTML = out;
@@ -251,17 +264,19 @@ function drawFlows() {
   next.forEach((e, k) => { x1[e] = 8 + (w - 16) * (k + 0.5) / E; });
   const all = [];
   flows.forEach((row, e) => { for (let k = 0; k < row.length; k += 2) if (row[k + 1]) all.push([e, row[k], row[k + 1]]); });
-  const shown = (state.expert >= 0 ? all.filter(([e, f]) => e === state.expert || f === state.expert) : all).sort((a, b) => b[2] - a[2]).slice(0, Math.min(3 * E, 160)).reverse();
-  const most = Math.max(...all.map(f => f[2]), 1), r0 = data.rankOf[layer], r1 = data.rankOf[layer + 1];
+  const wanted = state.expert >= 0 ? all.filter(([e, f]) => e === state.expert || f === state.expert) : all;
+  const shown = [...wanted].sort((a, b) => b[2] - a[2]).slice(0, 160).reverse();
+  const most = Math.max(...all.map(f => f[2]), 1);
   let out = `<text x="0" y="10">layer ${data.layers[layer]}</text><text x="0" y="${h - 2}">layer ${data.layers[layer + 1]}</text>`;
   for (const [e, f, n] of shown) {
     const chance = Math.max(data.load[layer + 1][f], 1) / data.tokens;
-    out += `<path d="M${x0[e]} 28C${x0[e]} 125 ${x1[f]} 125 ${x1[f]} ${h - 28}" fill="none" stroke="${rankColour(r0[e])}" stroke-width="${(0.4 + 4.5 * n / most).toFixed(2)}" opacity="0.6" data-tip="expert ${e} to expert ${f} of the next layer\n${whole(n)} tokens, ${percent(n / Math.max(data.load[layer][e], 1))} of expert ${e}'s, ${(n / Math.max(data.load[layer][e], 1) / chance).toFixed(1)} times chance"/>`;
+    out += `<path d="M${x0[e]} 28C${x0[e]} 125 ${x1[f]} 125 ${x1[f]} ${h - 28}" fill="none" stroke="${rankColour(firstRank(layer, e))}" stroke-width="${(0.4 + 4.5 * n / most).toFixed(2)}" opacity="0.6" data-tip="expert ${e} to expert ${f} of the next layer\n${whole(n)} tokens, ${percent(n / Math.max(data.load[layer][e], 1))} of expert ${e}'s, ${(n / Math.max(data.load[layer][e], 1) / chance).toFixed(1)} times chance"/>`;
   }
   const dot = Math.min(5, (w - 16) / E / 2);
-  for (let e = 0; e < E; e++) out += `<rect x="${x0[e] - dot}" y="18" width="${2 * dot}" height="9" fill="${rankColour(r0[e])}" data-tip="layer ${data.layers[layer]}, expert ${e}, rank ${r0[e]}"/><rect x="${x1[e] - dot}" y="${h - 28}" width="${2 * dot}" height="9" fill="${rankColour(r1[e])}" data-tip="layer ${data.layers[layer + 1]}, expert ${e}, rank ${r1[e]}"/>`;
+  for (let e = 0; e < E; e++) out += `<rect x="${x0[e] - dot}" y="18" width="${2 * dot}" height="9" fill="${rankColour(firstRank(layer, e))}" data-tip="layer ${data.layers[layer]}, expert ${e}, ${rankNames(layer, e)}"/><rect x="${x1[e] - dot}" y="${h - 28}" width="${2 * dot}" height="9" fill="${rankColour(firstRank(layer + 1, e))}" data-tip="layer ${data.layers[layer + 1]}, expert ${e}, ${rankNames(layer + 1, e)}"/>`;
   svg.innerHTML = out;
-  byId("flow-note").textContent = `Commonest successors of each expert, experts by the plan's ranks (colours). This layer's experts tell ${data.affinity[layer].toFixed(2)} bits about the next layer's.`;
+  const which = shown.length < wanted.length ? `The ${shown.length} widest of ${wanted.length} flows to experts' commonest successors` : "Commonest successors of each expert";
+  byId("flow-note").textContent = `${which}, experts by the plan's ranks (colours). This layer's experts tell ${data.affinity[layer].toFixed(2)} bits about the next layer's, of which ${data.affinityByChance[layer].toFixed(2)} would be there by chance.`;
 }
 
 /* Experts: table, search. */
@@ -271,7 +286,7 @@ function drawExperts() {
   const sum = load.reduce((a, b) => a + b, 0);
   byId("experts").tBodies[0].innerHTML = load.map((n, e) => {
     const over = n / mean, heat = n === 0 ? "dead" : over >= 2 ? "hot" : over < 0.5 ? "cold" : "usual";
-    const cells = [e, data.rankOf[layer][e], whole(n), percent(n / data.tokens), over.toFixed(2), heat, data.collaborators[layer][e].toFixed(1), percent(data.topShare[layer][e]),
+    const cells = [e, data.ranksOf[layer][e].join(", "), whole(n), percent(n / data.tokens), over.toFixed(2), heat, data.collaborators[layer][e].toFixed(1), percent(data.topShare[layer][e]),
       data.bits[layer][e].toFixed(3), ROLES[data.role[layer][e]], data.community[layer][e], partners(layer, e, 3).map(o => `${o} (${lift(layer, e, o).toFixed(1)}x)`).join(", ")];
     return `<tr data-expert="${e}"${e === state.expert ? ' class="found"' : ""}>${cells.map((c, k) => `<td${[5, 9, 11].includes(k) ? ' class="text"' : ""}>${c}</td>`).join("")}</tr>`;
   }).join("");
@@ -282,9 +297,9 @@ function drawExperts() {
   const found = byId("found"), e = state.expert;
   if (e < 0) { found.innerHTML = ""; return; }
   const byDomain = data.domainLoad.length ? data.domains.map((name, d) => [name, data.domainLoad[d][layer][e] / Math.max(data.domainTokens[d], 1)]).filter((_, d) => data.domainTokens[d]).sort((a, b) => b[1] - a[1]) : [];
-  const ranks = R > 1 ? ` on rank ${data.rankOf[layer][e]}` : "";
+  const ranks = R > 1 ? ` on ${rankNames(layer, e)}` : "";
   found.innerHTML = `<strong>Expert ${e} of layer ${data.layers[layer]}</strong>${ranks}: picked by ${percent(load[e] / data.tokens)} of all tokens, ${(load[e] / mean).toFixed(2)} times the mean; number ${[...load].sort((a, b) => b - a).indexOf(load[e]) + 1} of ${E} by load. `
-    + `Strongest partners: ${partners(layer, e, 6).map(o => `${o} (${lift(layer, e, o).toFixed(1)} times chance, ${data.rankOf[layer][o] === data.rankOf[layer][e] ? "same rank" : "rank " + data.rankOf[layer][o]})`).join(", ") || "none"}. `
+    + `Strongest partners: ${partners(layer, e, 6).map(o => `${o} (${lift(layer, e, o).toFixed(1)} times chance, ${together(layer, o, e) ? "same rank" : rankNames(layer, o)})`).join(", ") || "none"}. `
     + (byDomain.length ? `Picked by ${byDomain.map(([name, v]) => `${percent(v)} of ${escape(name)}`).join(", ")}.` : "");
 }
 function sortBy(th, direction) {
@@ -319,10 +334,10 @@ function drawLayer() {
   drawPairs(byId("after"), data.slots[state.layer], data.slotsPerRank);
   drawGraph(); drawFlows();
   const names = Object.keys(data.maps), ranks = [...Array(R).keys()], of = key => Object.fromEntries(names.map(name => [name, data.maps[name][key][state.layer]]));
-  byId("ingress").innerHTML = bars(of("ingress"), ranks, "rank", "share of all tokens", (v, exact) => percent(v, exact ? 1 : 0));
-  byId("rankload").innerHTML = bars(of("load"), ranks, "rank", "load over the mean", v => v.toFixed(2));
+  put("ingress", bars(of("ingress"), ranks, "rank", "share of all tokens", (v, exact) => percent(v, exact ? 1 : 0)));
+  put("rankload", bars(of("load"), ranks, "rank", "load over the mean", v => v.toFixed(2)));
   const fans = Object.fromEntries(names.map(name => { const row = data.maps[name].fanCounts[state.layer], sum = row.reduce((a, b) => a + b, 0) || 1; return [name, row.slice(1).map(n => n / sum)]; }));
-  byId("fan").innerHTML = bars(fans, data.maps.plan.fanCounts[0].slice(1).map((_, k) => k + 1), "ranks", "share of tokens", (v, exact) => percent(v, exact ? 1 : 0), false);
+  put("fan", bars(fans, data.maps.plan.fanCounts[0].slice(1).map((_, k) => k + 1), "ranks", "share of tokens", (v, exact) => percent(v, exact ? 1 : 0), false));
 }
 function choose(layer) { state.layer = layer; byId("layer").value = layer; drawLayer(); }
 byId("layer").addEventListener("input", event => { state.layer = Number(event.target.value); drawLayer(); });

@@ -46,8 +46,11 @@ def payload(insight: Insight) -> dict[str, Any]:
         "pairs": packed_triangles(pairs_LEE),
         "slots": insight.plan.physical_to_logical_map.tolist(),
         "slotsPerRank": insight.plan.topology.slots_per_rank,
-        "rankOf": [
-            ranks_of_experts(slots_P, model.num_experts, insight.plan.topology.slots_per_rank)[:, 0].tolist()
+        "ranksOf": [
+            [
+                [rank for rank in ranks if rank >= 0]
+                for ranks in ranks_of_experts(slots_P, model.num_experts, insight.plan.topology.slots_per_rank).tolist()
+            ]
             for slots_P in insight.plan.physical_to_logical_map
         ],
         "linear": insight.maps["linear"].physical_to_logical_map[0].tolist(),
@@ -68,6 +71,7 @@ def payload(insight: Insight) -> dict[str, Any]:
             for name, metrics in insight.metrics.items()
         },
         "affinity": np.round(insight.affinity["affinity"], 4).tolist(),
+        "affinityByChance": np.round(insight.affinity["chance"], 4).tolist(),
         "curve": _curve(insight),
         "transfer": _transfer(insight),
     }
@@ -126,6 +130,8 @@ def _transfer(insight: Insight) -> dict[str, Any] | None:
     across = insight.study.transfer if insight.study else None
     if across is None or not len(across):
         return None
+    if insight.seen:  # no held-out figure of the plan, which the domains' own have
+        across = across[across["planned_on"] != "this plan"]
     return {
         "rows": list(dict.fromkeys(across["planned_on"])),
         "columns": list(dict.fromkeys(across["measured_on"])),

@@ -37,11 +37,11 @@ def spectral(problem: LayerProblem, rng: np.random.Generator) -> Slots:
     return with_copies(slots_of_ranks(rank_of, problem.topology), problem)
 
 
-def _embedding(affinity: Floats, dimensions: int) -> Floats:
+def _embedding(coactivation: Floats, dimensions: int) -> Floats:
     """A point for each expert, float64 (E, dimensions), of unit length, or zero for experts that nothing touches."""
-    degree = affinity.sum(axis=1)
+    degree = coactivation.sum(axis=1)
     scale = np.where(degree > 0, 1 / np.sqrt(np.where(degree > 0, degree, 1)), 0)
-    values, vectors = np.linalg.eigh(scale[:, None] * affinity * scale)
+    values, vectors = np.linalg.eigh(scale[:, None] * coactivation * scale)
     leading: Floats = (vectors * np.sqrt(np.maximum(values, 0)))[:, ::-1][:, :dimensions]
     norm = np.linalg.norm(leading, axis=1, keepdims=True)
     points: Floats = np.where((degree > 0)[:, None], leading / np.where(norm > 0, norm, 1), 0)

@@ -344,13 +344,13 @@ def descend(
     parts = num_folds + (1 if tokens.counts[num_folds] > 0 else 0)
     rank_load, count = np.zeros(num_ranks), np.zeros(num_ranks, np.int64)
     fold_load = np.zeros((num_ranks, num_folds + 1))
-    affinity = np.zeros((num_experts, num_ranks))
+    with_rank = np.zeros((num_experts, num_ranks))
     for expert in range(num_experts):
         rank_load[rank_of[expert]] += load[expert]
         count[rank_of[expert]] += 1
         fold_load[rank_of[expert]] += work[expert] / mean_load
         if weights.collaboration > 0:
-            affinity[:, rank_of[expert]] += tokens.coactivation[:, expert]
+            with_rank[:, rank_of[expert]] += tokens.coactivation[:, expert]
     # For each fold, and last for all tokens: sums of powers and norms as they are, and powers after a swap.
     reach_powers, node_powers, load_powers = np.zeros(parts), np.zeros(parts), np.zeros(parts)
     reach_norm, node_norm, load_norm = np.zeros(parts), np.zeros(parts), np.zeros(parts)
@@ -394,9 +394,9 @@ def descend(
                 continue
             gain = 0.0
             if weights.collaboration > 0:
-                gain = affinity[a, s] - affinity[a, r]
+                gain = with_rank[a, s] - with_rank[a, r]
                 if b >= 0:
-                    gain += affinity[b, r] - affinity[b, s] - 2 * tokens.coactivation[a, b]
+                    gain += with_rank[b, r] - with_rank[b, s] - 2 * tokens.coactivation[a, b]
             u, v = r // ranks_per_node, s // ranks_per_node
             at_least, to_r, to_s, to_u, to_v = 0.0, 0.0, 0.0, 0.0, 0.0
             for fold in range(parts):
@@ -498,15 +498,15 @@ def descend(
             fold_load[r, fold] += change
             fold_load[s, fold] -= change
         if weights.collaboration > 0:
-            affinity[:, r] -= tokens.coactivation[:, a]
-            affinity[:, s] += tokens.coactivation[:, a]
+            with_rank[:, r] -= tokens.coactivation[:, a]
+            with_rank[:, s] += tokens.coactivation[:, a]
             if b >= 0:
-                affinity[:, r] += tokens.coactivation[:, b]
-                affinity[:, s] -= tokens.coactivation[:, b]
+                with_rank[:, r] += tokens.coactivation[:, b]
+                with_rank[:, s] -= tokens.coactivation[:, b]
     apart = 0.0
     if weights.collaboration > 0:
         for expert in range(num_experts):
-            apart -= affinity[expert, rank_of[expert]] / 2
+            apart -= with_rank[expert, rank_of[expert]] / 2
     return value + weights.collaboration * (1.0 + apart)
 
 

@@ -12,7 +12,6 @@ from __future__ import annotations
 import heapq
 import itertools
 import json
-import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +22,7 @@ import numpy.typing as npt
 
 from profiler.errors import CoterieError
 from profiler.importers.known import Known
-from profiler.importers.recording import Recording, one_sequence
+from profiler.importers.recording import Recording, in_rank_order, one_sequence
 from profiler.trace import TokenTrace
 
 Ids = npt.NDArray[np.int32]
@@ -53,8 +52,7 @@ def read_megatron(
     known = known or Known()
     if not folder.is_dir():
         raise CoterieError(f"{folder}: no such folder; give the --moe-routing-trace-path of the run")
-    matches = ((re.fullmatch(r"router_trace_rank(\d+)\.jsonl", path.name), path) for path in folder.iterdir())
-    paths = [path for _, path in sorted((int(match[1]), path) for match, path in matches if match)]
+    paths = in_rank_order(folder, r"router_trace_rank(\d+)\.jsonl")
     if not paths:
         raise CoterieError(f"{folder}: holds no router_trace_rank0.jsonl; give the --moe-routing-trace-path of the run")
     layers: set[int] = set()

@@ -6,6 +6,7 @@ Tokens are read again from the files when they are needed again, so that memory 
 from __future__ import annotations
 
 import itertools
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -46,6 +47,18 @@ class Recording:
     traces: Callable[[], Iterator[TokenTrace]] | None
     counts: Counts | None
     provenance: Mapping[str, Any]
+
+
+def in_rank_order(folder: Path, pattern: str) -> list[Path]:
+    """The files of a folder whose whole name fits a pattern, by the number of the rank that its first group finds."""
+    matches = ((re.fullmatch(pattern, path.name), path) for path in folder.iterdir())
+    return [path for _, path in sorted((int(match[1]), path) for match, path in matches if match)]
+
+
+def experts_of_slots(slots_LTK: npt.NDArray[np.signedinteger], expert_of_slot: Int64s) -> Int64s:
+    """The experts in picked slots, int64 (L, T, K), -1 where the slot is -1, out of the map int64 (L, P)."""
+    layers = np.arange(len(expert_of_slot))[:, None, None]
+    return np.where(slots_LTK < 0, -1, expert_of_slot[layers, np.maximum(slots_LTK, 0)])
 
 
 def write_recording(recording: Recording, out: Path) -> StoredProfile:

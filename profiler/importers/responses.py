@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import base64
 import binascii
+import hashlib
 import itertools
 import json
 from collections.abc import Callable, Iterator, Sequence
@@ -22,7 +23,7 @@ from profiler.errors import CoterieError
 from profiler.importers.known import Known
 from profiler.importers.recording import Recording, narrow
 from profiler.spec import UNNAMED
-from profiler.trace import DECODE, PREFILL, TokenTrace
+from profiler.trace import DECODE, PREFILL, TokenTrace, has_plenty_of_rows
 
 Ids = npt.NDArray[np.int64]
 
@@ -106,7 +107,10 @@ def read_responses(
     # A layer of zeros has no experts, where a token picks several: it cannot pick one twice.
     recorded = list(known.layer_ids or range(num_hidden_layers)) if top_k == 1 else np.flatnonzero(used).tolist()
     if not recorded or recorded[-1] >= num_hidden_layers:
-        raise CoterieError(f"{first}: {num_hidden_layers} layers, no such layer as the model's; give the one recorded")
+        raise CoterieError(
+            f"{first}: {num_hidden_layers} layers, no such layer as the model's; give the one recorded, or record with "
+            "SGLang's --moe-runner-backend triton if it routed inside its kernel"
+        )
     model = known.to_spec(UNNAMED, recorded, top_k, None, highest)
     provenance: dict[str, Any] = {"imported_from": [file.name for file in files], "format": kind}
     if known.num_experts is None:
@@ -114,12 +118,13 @@ def read_responses(
 
     def in_turn() -> Iterator[tuple[EncodedIds, Ids, int, int]]:
         """All completions with their ids, rows that were decoded, and rows of a prompt that came before."""
+        prefixes = _Prefixes()
         for _, completions in itertools.groupby(_find_all(files), key=lambda encoded: encoded.response):
+            if not has_plenty_of_rows(model.num_layers, model.num_experts, top_k):
+                prefixes = _Prefixes()  # other requests may begin alike by chance
             together = [(encoded, decode(encoded, known)[:, list(model.layer_ids)]) for encoded in completions]
-            prompt = together[0][1]
             for (encoded, ids_TLK), decoded in zip(together, _num_decoded(together), strict=True):
-                shared = 0 if ids_TLK is prompt else min(_shared_rows(prompt, ids_TLK), len(ids_TLK) - decoded)
-                yield encoded, ids_TLK, decoded, shared
+                yield encoded, ids_TLK, decoded, min(prefixes.known(ids_TLK), len(ids_TLK) - decoded)
 
     def traces() -> Iterator[TokenTrace]:
         provenance["rows_not_captured"] = provenance["rows_of_a_shared_prompt"] = 0
@@ -160,11 +165,25 @@ def _num_decoded(completions: Sequence[tuple[EncodedIds, Ids]]) -> list[int]:
     return numbers
 
 
-def _shared_rows(first: Ids, second: Ids) -> int:
-    """Leading rows that two completions share: those of one prompt, which was run once."""
-    shorter = min(len(first), len(second))
-    differ = (first[:shorter] != second[:shorter]).any(axis=(1, 2))
-    return int(differ.argmax()) if differ.any() else shorter
+class _Prefixes:
+    """Rows that a completion begins with and an earlier one had before it: engines keep these and run them once.
+
+    Completions of one prompt share it, chats their system prompt, and a turn all turns before.  What is kept is a
+    number of 8 bytes for each row, of the row and all before it.
+    """
+
+    def __init__(self) -> None:
+        self._seen: set[bytes] = set()
+
+    def known(self, ids_TLK: Ids) -> int:
+        """How many leading rows were there before; all of them are from now on."""
+        so_far, places = b"", []
+        for row in np.ascontiguousarray(ids_TLK):
+            so_far = hashlib.blake2b(so_far + row.tobytes(), digest_size=8).digest()
+            places.append(so_far)
+        known = next((number for number, place in enumerate(places) if place not in self._seen), len(places))
+        self._seen.update(places[known:])
+        return known
 
 
 def _find_all(files: Sequence[Path]) -> Iterator[EncodedIds]:

@@ -16,6 +16,7 @@ containers and tensors, nothing is unpickled.
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -46,8 +47,10 @@ from profiler.trace import TokenTrace
 TO_GET_TOKENS = "record them with SGLang's --expert-distribution-recorder-mode per_token"
 """What the profile tells whoever asks its counts for more than loads."""
 
+_BYPASSED = "or with --moe-runner-backend triton if SGLang routed inside its kernel"
 _PASSES_TOGETHER = 64
 _SURE_OF_COPIES = 32  # counts that chance does not give a common divisor
+_BLOCK = 128  # rows of a block of DeepGEMM, to which DeepEP rounds counts up
 
 
 def read_sglang(paths: Sequence[Path], known: Known | None = None, *, domain: str = "sglang") -> Recording:
@@ -91,6 +94,10 @@ def _read_counts(loaded: dict[Path, Any], known: Known, domain: str, provenance:
         if counts.min() < 0:
             raise CoterieError(f"{file}: logical_count holds {counts.min()}, must be at least 0; record again")
     require_alike({file: counts.shape[1:] for file, counts in passes.items()}, "(layers, experts)")
+    # Without full expert parallelism 0.5.23 has several ranks write the same sums, as pipeline stages do.
+    different = {_digest(counts): file for file, counts in reversed(passes.items())}
+    provenance["records_of_the_same_tokens"] = len(passes) - len(different)
+    passes = {file: counts for file, counts in passes.items() if file in different.values()}
     copies = {file: _copies(counts) for file, counts in passes.items()}
     if max(copies.values()) > 1:
         provenance["ranks_that_counted_each_token"] = max(copies.values())
@@ -103,9 +110,23 @@ def _read_counts(loaded: dict[Path, Any], known: Known, domain: str, provenance:
 
 
 def _copies(counts: npt.NDArray[Any]) -> int:
-    """How often each token was counted: SGLang adds up the counts of all ranks, also of those with the same tokens."""
-    positive = counts[counts > 0]
-    return int(np.gcd.reduce(positive)) if len(positive) >= _SURE_OF_COPIES else 1
+    """How often each token was counted: SGLang adds up the counts of all ranks, also of those with the same tokens.
+
+    Not where DeepEP hands over counts that are rounded up to whole blocks, as stat_approx has them.
+    """
+    common, num_positive = 0, 0
+    for start in range(0, len(counts), _PASSES_TOGETHER):
+        part = counts[start : start + _PASSES_TOGETHER]
+        positive = part[part > 0]
+        common, num_positive = int(np.gcd.reduce(positive, initial=common)), num_positive + len(positive)
+    return common if num_positive >= _SURE_OF_COPIES and common % _BLOCK else 1
+
+
+def _digest(counts: npt.NDArray[Any]) -> bytes:
+    digest = hashlib.sha256(str(counts.shape).encode())
+    for start in range(0, len(counts), _PASSES_TOGETHER):
+        digest.update(np.ascontiguousarray(counts[start : start + _PASSES_TOGETHER]).tobytes())
+    return digest.digest()
 
 
 def _of_passes(
@@ -118,13 +139,16 @@ def _of_passes(
         load_LE, num_tokens, dummies = load_LE + load, num_tokens + tokens, dummies + dummy
     layer_ids = np.flatnonzero(load_LE.any(axis=1)).tolist()
     if not layer_ids:
-        raise CoterieError("no token was counted besides warm-up: record while requests are served")
+        raise CoterieError(f"no token was counted besides warm-up: record while requests are served, {_BYPASSED}")
     if dummies:
         provenance["dummy_tokens_dropped"] = dummies
     model = known.to_spec(UNNAMED, layer_ids, top_k, load_LE.shape[1])
     sums = load_LE[layer_ids].sum(axis=1)
     if len(set(sums.tolist())) > 1:
-        provenance["approximate"] = f"layers count from {sums.min()} to {sums.max()} picks; stat_approx rounds"
+        provenance["approximate"] = (
+            f"layers count from {sums.min()} to {sums.max()} picks; stat_approx may round counts of each rank, expert "
+            f"and pass up to a multiple of {_BLOCK}"
+        )
     return of_loads(model, domain, load_LE[layer_ids], num_tokens, provenance, TO_GET_TOKENS)
 
 
@@ -156,7 +180,9 @@ def _read_tokens(records: list[Record], known: Known, domain: str, provenance: d
         top_ks[record.path] = max(top_ks.get(record.path, 0), int(picked.sum(axis=2).max(initial=0)))
     recorded = {path: top_k for path, top_k in top_ks.items() if top_k}  # a rank may have had no token of its own
     if not recorded:
-        raise CoterieError(f"{records[0].path}: no token picked an expert; record while requests are served")
+        raise CoterieError(
+            f"{records[0].path}: no token picked an expert; record while requests are served, {_BYPASSED}"
+        )
     require_alike(recorded, "top-k")
     top_k = next(iter(recorded.values()))
     model = known.to_spec(UNNAMED, np.flatnonzero(layers).tolist(), top_k, int(records[0].logical_of_slot.max()) + 1)
@@ -164,12 +190,16 @@ def _read_tokens(records: list[Record], known: Known, domain: str, provenance: d
 
     def traces() -> Iterator[TokenTrace]:
         sequences = Sequences()
-        provenance["records_of_the_same_tokens"] = 0
+        provenance["records_of_the_same_tokens"] = provenance["passes_left_out"] = 0
         for _, group in itertools.groupby(records, key=lambda record: record.pass_id):
             ids, batches = merge_pass(list(group))
             provenance["records_of_the_same_tokens"] += batches
             for record, ids_LTK in ids:
-                yield to_trace(record, ids_LTK[list(model.layer_ids)], model, sequences)
+                of_model = ids_LTK[list(model.layer_ids)]
+                if (of_model >= 0).any(axis=(1, 2)).all():
+                    yield to_trace(record, of_model, model, sequences)
+                else:  # a draft model's, which is recorded beside, or one that was routed inside a kernel
+                    provenance["passes_left_out"] += 1
 
     return Recording(model, (domain,), traces, None, provenance)
 

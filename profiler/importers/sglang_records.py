@@ -18,7 +18,7 @@ import numpy.typing as npt
 
 from profiler.errors import CoterieError
 from profiler.files import read_pt
-from profiler.importers.recording import narrow
+from profiler.importers.recording import experts_of_slots, narrow
 from profiler.spec import MoESpec
 from profiler.trace import DECODE, PREFILL, TokenTrace
 
@@ -125,8 +125,7 @@ class Record:
         highest, slots = int(physical.max()), self.logical_of_slot.shape[1]
         if highest >= slots:
             raise CoterieError(f"{self.path}: slot {highest} in pass {self.pass_id}, the map has {slots} slots")
-        layers = np.arange(len(self.logical_of_slot))[:, None, None]
-        return np.where(physical < 0, -1, self.logical_of_slot[layers, np.maximum(physical, 0)]).astype(np.int32)
+        return experts_of_slots(physical, self.logical_of_slot).astype(np.int32)
 
     def logical_counts(self) -> npt.NDArray[np.int64]:
         """Int64 (layers, E)."""

@@ -24,7 +24,14 @@ from profiler.errors import CoterieError
 from profiler.files import read_json
 from profiler.importers.known import Known
 from profiler.importers.load_balancer import LoadBalancer
-from profiler.importers.recording import Recording, count_passes, of_loads, one_sequence
+from profiler.importers.recording import (
+    Recording,
+    count_passes,
+    experts_of_slots,
+    in_rank_order,
+    of_loads,
+    one_sequence,
+)
 from profiler.spec import MoESpec
 from profiler.trace import TokenTrace
 
@@ -65,8 +72,8 @@ def read_tensorrt_llm(
             f"{folder / 'meta_info.json'}: num_experts {num_slots!r} and num_experts_per_token {top_k!r} must be whole "
             "numbers, the second at most the first; record again"
         )
-    counts = _of_ranks(folder, r"rank(\d+)\.safetensors")
-    raw = _of_ranks(folder, r"rank(\d+)_raw\.safetensors")
+    counts = in_rank_order(folder, r"rank(\d+)\.safetensors")
+    raw = in_rank_order(folder, r"rank(\d+)_raw\.safetensors")
     if not counts:
         raise CoterieError(
             f"{folder}: holds no rank0.safetensors; the range of iterations was not reached, record longer"
@@ -94,7 +101,7 @@ def read_tensorrt_llm(
             together = iterations[start : start + _ITERATIONS_TOGETHER]
             passes = np.zeros((len(together), len(layers), num_experts), dtype=np.int64)
             for number, iteration in enumerate(together):
-                total_LP, same = _sum_of_ranks(files, keys, iteration, layers, num_slots)
+                total_LP, same = _sumin_rank_order(files, keys, iteration, layers, num_slots)
                 copies += same
                 np.add.at(passes[number], (np.arange(len(layers))[:, None], expert_of_slot), total_LP)
             load, counted, dummy = count_passes(passes, top_k)
@@ -110,7 +117,7 @@ def read_tensorrt_llm(
     return of_loads(model, domain, load_LE, tokens, provenance, TO_GET_TOKENS)
 
 
-def _sum_of_ranks(
+def _sumin_rank_order(
     files: Files, keys: Mapping[Path, set[Key]], iteration: int, layers: list[int], num_slots: int
 ) -> tuple[npt.NDArray[np.int64], int]:
     """Counts of one iteration, (L, P), and how many ranks recorded the same tokens as another."""
@@ -124,11 +131,6 @@ def _sum_of_ranks(
             raise CoterieError(f"{path}: a count of {slots_LP.min()} in iteration {iteration}; record again")
         different[slots_LP.tobytes()] = slots_LP
     return np.sum(list(different.values()), axis=0), len(keys) - len(different)
-
-
-def _of_ranks(folder: Path, pattern: str) -> list[Path]:
-    matches = ((re.fullmatch(pattern, path.name), path) for path in folder.iterdir())
-    return [path for _, path in sorted((int(match[1]), path) for match, path in matches if match)]
 
 
 def _numbers(paths: list[Path]) -> list[str]:
@@ -254,8 +256,7 @@ def _of_tokens(
                     if slots.shape[1] == 0 or slots.tobytes() in seen:
                         continue
                     seen.add(slots.tobytes())
-                    layers = np.arange(model.num_layers)[:, None, None]
-                    ids = np.where(slots < 0, -1, expert_of_slot[layers, np.maximum(slots, 0)])
+                    ids = experts_of_slots(slots, expert_of_slot)
                     where = f"{path}: iteration {iteration}"
                     trace = one_sequence(ids, model, sequence, decode=decode, where=where)
                     sequence += 1
