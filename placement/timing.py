@@ -155,6 +155,9 @@ def linear_costs(spec: MoESpec, topology: Topology, workload: Workload) -> Objec
 
     Once per expert only the load has costs.
 
+    Returns:
+        Seconds per `busiest_ingress`, per share of tokens that touch the busiest node, and per `imbalance_ratio`.
+
     Raises:
         CoterieError: sizes of the model or links of the topology are not known.
     """

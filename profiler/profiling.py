@@ -26,6 +26,7 @@ from profiler.writer import ProfileWriter, unfinished_folder
 _NEW_NOTES = ("dtype", "config")  # which complete recordings of older versions are without
 
 
+@torch.no_grad()
 def profile_model(
     loaded: LoadedModel,
     documents: Sequence[Document],

@@ -319,6 +319,22 @@ def test_sglang_sequences_go_on_while_decoding(tmp_path):
     assert (profile.tokens.topk_ids == ids).all()
 
 
+def test_passes_of_a_draft_model_neither_count_nor_part_sequences(tmp_path):
+    slots = np.tile(np.arange(8), (2, 1))
+    ids = random_ids(0, 2, 6, 8, 2).astype(np.int64)
+    nothing = np.full((2, 5, 2), -1)
+    records = [
+        sglang_record(1, 0, ids[:, :5], range(5), EXTEND, [5], num_slots=8),
+        sglang_record(2, 0, nothing, range(5), EXTEND, [5], input_ids=[1, 2, 3, 4, 9], num_slots=8),
+        sglang_record(3, 0, ids[:, 5:], [5], DECODE, num_slots=8),
+        sglang_record(4, 0, ids[:, :0], [], IDLE, num_slots=8),
+    ]
+    save_sglang(tmp_path / "one.pt", records, slots)
+    profile = imported(read_sglang([tmp_path / "one.pt"]), tmp_path)
+    assert profile.tokens.sequence_ids.tolist() == [0] * 6
+    assert profile.provenance["passes_left_out"] == 1  # not the one without tokens
+
+
 def test_warm_up_rows_are_dropped_and_counted_but_not_first_tokens(tmp_path):
     spec = make_spec(12, 64, 8)
     ids = random_ids(1, 12, 500, 64, 8)

@@ -118,6 +118,18 @@ def vision(tmp_path_factory):
     return str(path)
 
 
+@pytest.mark.parametrize("decode_tokens", [0, 2])
+def test_a_recording_keeps_no_graph(tmp_path, decode_tokens):
+    """Of every pass it would take several times the memory."""
+    loaded, graded = load_model(None), []
+    loaded.model.register_forward_pre_hook(lambda *_: graded.append(torch.is_grad_enabled()))
+    profile_model(
+        loaded, read_documents([zoo.CALIBRATION]), tmp_path / "run", max_tokens=64, decode_tokens=decode_tokens
+    )
+    assert graded
+    assert not any(graded)
+
+
 def test_the_text_model_of_a_vision_language_model_is_recorded(vision, tmp_path):
     loaded = load_model(vision, "cpu")
     sizes = {"max_tokens": 100, "batch_size": 2, "sequence_length": 32}

@@ -198,7 +198,7 @@ def _read_tokens(records: list[Record], known: Known, domain: str, provenance: d
                 of_model = ids_LTK[list(model.layer_ids)]
                 if (of_model >= 0).any(axis=(1, 2)).all():
                     yield to_trace(record, of_model, model, sequences)
-                else:  # a draft model's, which is recorded beside, or one that was routed inside a kernel
+                elif ids_LTK.shape[1]:  # a draft model's, which is recorded beside, or one routed inside a kernel
                     provenance["passes_left_out"] += 1
 
     return Recording(model, (domain,), traces, None, provenance)

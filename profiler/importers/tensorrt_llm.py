@@ -101,7 +101,7 @@ def read_tensorrt_llm(
             together = iterations[start : start + _ITERATIONS_TOGETHER]
             passes = np.zeros((len(together), len(layers), num_experts), dtype=np.int64)
             for number, iteration in enumerate(together):
-                total_LP, same = _sumin_rank_order(files, keys, iteration, layers, num_slots)
+                total_LP, same = _sum_of_ranks(files, keys, iteration, layers, num_slots)
                 copies += same
                 np.add.at(passes[number], (np.arange(len(layers))[:, None], expert_of_slot), total_LP)
             load, counted, dummy = count_passes(passes, top_k)
@@ -117,7 +117,7 @@ def read_tensorrt_llm(
     return of_loads(model, domain, load_LE, tokens, provenance, TO_GET_TOKENS)
 
 
-def _sumin_rank_order(
+def _sum_of_ranks(
     files: Files, keys: Mapping[Path, set[Key]], iteration: int, layers: list[int], num_slots: int
 ) -> tuple[npt.NDArray[np.int64], int]:
     """Counts of one iteration, (L, P), and how many ranks recorded the same tokens as another."""
