@@ -33,6 +33,23 @@ class Objective:
 
 
 @dataclass(frozen=True)
+class Draws:
+    """A layer's tokens by sequence, and draws of the sequences with replacement.
+
+    Attributes:
+        ids: (T, K), picks of each token; numbers from E on are no expert.
+        sequence: int64 (T,), the sequence of each token, 0 .. S-1.
+        weights: float64 (T,), what each token counts.
+        times: float64 (B, S), how often each draw holds each sequence.
+    """
+
+    ids: npt.NDArray[np.unsignedinteger]
+    sequence: npt.NDArray[np.int64]
+    weights: npt.NDArray[np.float64]
+    times: npt.NDArray[np.float64]
+
+
+@dataclass(frozen=True)
 class LayerProblem:
     """Place the experts of one layer.
 
@@ -53,6 +70,7 @@ class LayerProblem:
         together: what all tokens together count beside that mean, 0 to 1.
         work: float64 (E, F), picks of an expert by a token of the fold on average; None where each set picks an expert
             once, otherwise of groups, several of whose experts a token may pick.
+        draws: what plans are judged on; None for the token sets themselves.
     """
 
     sets: npt.NDArray[np.int32]
@@ -67,6 +85,7 @@ class LayerProblem:
     worst_fold: bool = False
     together: float = 0.0
     work: npt.NDArray[np.float64] | None = None
+    draws: Draws | None = None
 
     @classmethod
     def from_ids(

@@ -6,16 +6,17 @@ import math
 import os
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from placement.layer_problem import LayerProblem, Objective
+from placement.layer_problem import Draws, LayerProblem, Objective
 from placement.placement_map import PlacementMap
 from placement.solvers.contract import Slots, Strategy
+from placement.solvers.draws import drawn_parts
 from placement.solvers.folds import folds_by_picks
 from placement.solvers.hypergraph import hypergraph
 from placement.solvers.linear import linear
@@ -65,6 +66,15 @@ MOST_LOAD_CAP = 1.15
 HALVINGS = 2
 """Sequences are halved so often where they differ most: a plan has to be good on each of these folds too, so that it
 stays good where traffic comes to differ in what it did differ in.  How other folds did is in docs/log.md."""
+
+FEWEST_SEQUENCES = 64
+"""With fewer there are no folds by picks: a quarter of them would tell of single texts rather than of a kind of text.
+Recorded traces had 23 and 176 to plan on, the first better without folds, see docs/log.md."""
+
+SHRINKAGE = 6.0
+"""Few sequences foretell how many ranks a token visits, and hardly which rank will be the busiest: planned on S
+sequences, the mean rank's ingress counts `SHRINKAGE` / S of what the busiest one's does, at most as much; both together
+what the busiest one's would.  Chosen on recorded routing, see docs/log.md."""
 
 TOGETHER = 0.9
 """What all tokens together count beside the mean over folds: a fold overstates how far sequences differ."""
@@ -233,6 +243,9 @@ def layer_problems(profile: Profile, topology: Topology, options: Options) -> li
     if options.preserve_groups and (topology.num_slots != model.num_experts or options.num_redundant):
         raise CoterieError("groups can only be preserved with one slot for each expert and no redundant ones")
     objective = objective_of(model, topology, options)
+    drawn = _drawn(tokens, folds_T, options)
+    if drawn is not None:
+        objective = _shrunk(objective, len(np.unique(tokens.sequence_ids)), topology.num_ranks)
     problems = []
     for ids_TK in tokens.topk_ids:
         problem = LayerProblem.from_ids(
@@ -248,6 +261,10 @@ def layer_problems(profile: Profile, topology: Topology, options: Options) -> li
             worst_fold=options.worst_domain,
             together=0.0 if options.num_redundant else TOGETHER,  # with copies it makes no difference
         )
+        if drawn is not None:
+            part_T, times = drawn
+            counted_T = np.ones(tokens.num_tokens) if weights_T is None else weights_T
+            problem = replace(problem, draws=Draws(ids_TK, part_T, counted_T, times))
         problems.append(problem)
     return problems
 
@@ -294,7 +311,28 @@ def _folds(tokens: TokenTrace, options: Options) -> npt.NDArray[np.int64]:
         sequences, place = np.unique(tokens.sequence_ids, return_inverse=True)
         in_turn: npt.NDArray[np.int64] = place % min(2**HALVINGS, len(sequences))
         return in_turn
-    return folds_by_picks(tokens, HALVINGS)
+    few = len(np.unique(tokens.sequence_ids)) < FEWEST_SEQUENCES
+    return folds_by_picks(tokens, 0 if few else HALVINGS)
+
+
+def _drawn(
+    tokens: TokenTrace, folds_T: npt.NDArray[np.int64], options: Options
+) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float64]] | None:
+    """`draws.drawn_parts` of the tokens; None where draws would say nothing.
+
+    What is a sum over tokens has no busiest place, the worst domain has its own folds, copies have their own search.
+    """
+    if options.num_redundant or options.worst_domain or options.objective in ("fan-out", "collaboration"):
+        return None
+    sequences, sequence_T = np.unique(tokens.sequence_ids, return_inverse=True)
+    return drawn_parts(sequence_T, folds_T, options.seed) if len(sequences) > 1 else None
+
+
+def _shrunk(objective: Objective, num_sequences: int, num_ranks: int) -> Objective:
+    """Part of what the busiest rank's ingress counts is counted of the mean rank's instead, see `SHRINKAGE`."""
+    counted = min(1.0, SHRINKAGE / num_sequences)
+    busiest = objective.ingress / (1 + counted)
+    return replace(objective, ingress=busiest, fan_out=counted * busiest / num_ranks)
 
 
 def _weights(tokens: TokenTrace, domains: tuple[str, ...], options: Options) -> npt.NDArray[np.float64] | None:

@@ -53,9 +53,9 @@ def partitioning(problem: LayerProblem, rng: np.random.Generator) -> Slots:
     balanced = ranks_of(load_only(problem, rng), problem)
     load = problem.rank_load(balanced)
     load_cap = max(problem.load_cap, float(load.max() / max(load.mean(), 1e-300)))
-    for_fan_out = problem.objective.fan_out > 0
+    for_fan_out = problem.objective.fan_out > 0 and not problem.objective.ingress
     objective = Objective(fan_out=1.0) if for_fan_out else Objective(ingress=1.0)
-    problem = replace(problem.merged(), load_cap=load_cap, objective=objective, worst_fold=False)
+    problem = replace(problem.merged(), load_cap=load_cap, objective=objective, worst_fold=False, draws=None)
     start = ranks_of(search(problem, rng), problem)
     found = (optimal_fan_out if for_fan_out else optimal_busiest_ingress)(problem, start, SECONDS)
     return slots_of_ranks(start if found.rank_of_expert is None else found.rank_of_expert, problem.topology)

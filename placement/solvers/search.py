@@ -4,7 +4,8 @@ Knows no links: what they cost is in the weights of its objective.
 It minimises the objective's busiest ingress, busiest node and busiest load together, each the p-norm over places (a
 maximum that also feels the runners-up), of all tokens and, counting less, averaged over folds of the sequences that
 differ in what they pick.  A plan whose busiest rank is another one in every fold pays for each of them, so that the
-average rewards plans that stay balanced where the mixture of traffic shifts.
+average rewards plans that stay balanced where the mixture of traffic shifts.  Of the plans that descents come by, it
+keeps the one with the lowest objective on sequences drawn anew, see `draws.py`.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from placement.solvers.contract import Slots
 from placement.solvers.load import load as load_only
 from placement.solvers.metis import metis
 from placement.solvers.spectral import spectral
-from placement.solvers.swaps import Effort, improve, prepare
+from placement.solvers.swaps import MANY_KICKS, Effort, improve, prepare
 from placement.topology import Topology
 
 Ints = npt.NDArray[np.int64]
@@ -34,9 +35,6 @@ KICKS = 80
 
 FEWEST_KICKS = 6
 """Rounds that even the largest layer gets."""
-
-MANY_KICKS = 30
-"""Rounds from which on it pays to look for other starts."""
 
 LARGE = 500_000
 """Experts times token sets of a layer from which on rounds become fewer, so that they cost about the same in all."""
@@ -198,6 +196,7 @@ def _place_groups(problem: LayerProblem, rng: np.random.Generator, effort: Effor
         num_groups=1,
         topology=Topology(nodes, places // nodes, groups // places),
         work=work,
+        draws=None,
     )
     place_of_group = place_once(coarse, rng, effort)
     order = np.argsort(place_of_group, kind="stable")  # groups one after another, as they will lie

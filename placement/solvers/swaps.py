@@ -23,6 +23,7 @@ import numpy as np
 import numpy.typing as npt
 
 from placement.layer_problem import LayerProblem
+from placement.solvers.draws import mean_over_draws
 
 Floats = npt.NDArray[np.float64]
 Ints = npt.NDArray[np.int64]
@@ -37,6 +38,19 @@ SWAPS_PER_KICK = 3
 MUCH = 0.5
 """Share of a sum of powers that a swap takes away, from which on what it leaves is added up anew: the difference of two
 large sums may keep no digit of a small one, and a descent that believes it would go round in circles."""
+
+
+SHARES_OF_LOAD = (1.0, 0.25, 0.0)
+"""Where plans are judged on draws, descents take turns in what load counts of its weight: each share finds plans that
+the others pass by."""
+
+MANY_KICKS = 30
+"""Rounds from which on it pays to look for other starts and other draws."""
+
+RESAMPLED = 9
+"""Draws whose tokens descents take turns on besides, where there are many rounds: a plan that is found on one draw and
+good on the others owes little to single sequences (sample average approximation: Kleywegt, Shapiro, Homem-de-Mello,
+SIAM Journal on Optimization 12, 2002)."""
 
 
 @dataclass(frozen=True)
@@ -132,13 +146,16 @@ def improve(
 ) -> Ints:
     """The best plan found by a descent from each start, then by kicks; only experts of one zone change places.
 
-    Starts that break the load cap by more than the first are passed over.
+    The best is what has the lowest objective on the draws, of plans that a descent passes by as well; without draws,
+    what the last descent gives the lowest value.  Starts that break the load cap by more than the first are passed
+    over.
     """
     topology, weights = problem.topology, weights_of(problem)
     load = problem.expert_load
     highest = [np.bincount(start, load, minlength=topology.num_ranks).max() for start in starts]
     limit = max(problem.load_cap * load.sum() / topology.num_ranks, highest[0]) * (1 + 1e-12)
     starts = [start for start, most in zip(starts, highest, strict=True) if most <= limit]
+    turns = _turns(problem, tokens, weights, effort, rng)
     best, best_value = starts[0], np.inf
     for attempt in range(len(starts) + effort.num_kicks):
         kick = attempt >= len(starts)
@@ -147,22 +164,52 @@ def improve(
         rank_of = best.copy() if kick else starts[attempt].copy()
         if kick:
             _kick(rank_of, load, zone_of, limit, topology.num_ranks, rng)
+        of_turn, weights_of_turn = turns[attempt % len(turns)]
         for doublings in DOUBLINGS:
             value = descend(
-                tokens,
+                of_turn,
                 rank_of,
                 zone_of,
                 load,
                 limit,
                 (topology.num_nodes, topology.ranks_per_node, topology.slots_per_rank),
-                weights,
+                weights_of_turn,
                 doublings,
                 problem.worst_fold,
                 rng.permutation(problem.num_experts),
             )
-        if value < best_value * (1 - 1e-12):
-            best, best_value = rank_of, value
+            if problem.draws is not None:
+                value = mean_over_draws(problem.draws, rank_of, topology, problem.objective)
+            elif doublings != DOUBLINGS[-1]:
+                continue
+            if value < best_value * (1 - 1e-12):
+                best, best_value = rank_of.copy(), value
     return best
+
+
+def _turns(
+    problem: LayerProblem, tokens: Tokens, weights: Weights, effort: Effort, rng: np.random.Generator
+) -> list[tuple[Tokens, Weights]]:
+    """What descents take turns on: the tokens, and where plans are judged on draws, other weights of load and draws."""
+    if problem.draws is None or not weights.ingress or not effort.num_kicks:
+        return [(tokens, weights)]
+    shares = [weights._replace(load=share * weights.load) for share in SHARES_OF_LOAD]
+    turns = [(tokens, share) for share in shares]
+    if effort.num_kicks >= MANY_KICKS:
+        turns += [(prepare(_resampled(problem, draw)), shares[draw % len(shares)]) for draw in range(1, RESAMPLED + 1)]
+    return [turns[turn] for turn in rng.permutation(len(turns))]
+
+
+def _resampled(problem: LayerProblem, draw: int) -> LayerProblem:
+    """The problem of the tokens of one draw, in one fold."""
+    draws = problem.draws
+    assert draws is not None
+    counted = draws.times[draw][draws.sequence] * draws.weights
+    held = counted > 0
+    sets = LayerProblem.from_ids(
+        draws.ids[held], problem.num_experts, problem.topology, problem.load_cap, weights_T=counted[held]
+    )
+    return replace(problem, sets=sets.sets, folds=sets.folds, weights=sets.weights)
 
 
 def _kick(rank_of: Ints, load: Floats, zone_of: Ints, limit: float, num_ranks: int, rng: np.random.Generator) -> None:
