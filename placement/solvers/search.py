@@ -83,7 +83,8 @@ def place_once(problem: LayerProblem, rng: np.random.Generator, effort: Effort) 
         starts = [improve(few, tokens, [start], start // topology.ranks_per_node, rng, effort.part(2))]
     else:
         starts = [ranks_of(load_only(problem, rng), problem)]
-        if effort.num_kicks >= MANY_KICKS and topology.num_ranks > 1:
+        of_sums = not (problem.objective.ingress or problem.objective.load)  # which is what both of these minimise
+        if topology.num_ranks > 1 and (effort.num_kicks >= MANY_KICKS or of_sums):
             starts += [_balanced(few, ranks_of(seed(few, rng), few), anywhere, rng) for seed in (metis, spectral)]
     start = improve(few, tokens, starts, anywhere, rng, effort)
     kept = _within_cap(problem, start, rng)

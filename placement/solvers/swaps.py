@@ -50,7 +50,7 @@ MANY_KICKS = 30
 RESAMPLED = 9
 """Draws whose tokens descents take turns on besides, where there are many rounds: a plan that is found on one draw and
 good on the others owes little to single sequences (sample average approximation: Kleywegt, Shapiro, Homem-de-Mello,
-SIAM Journal on Optimization 12, 2002)."""
+SIAM Journal on Optimization 12, 2002).  They are draws 1 to this; 0 is of one fold, see `draws.OF_ONE_FOLD`."""
 
 
 @dataclass(frozen=True)
@@ -155,7 +155,8 @@ def improve(
     highest = [np.bincount(start, load, minlength=topology.num_ranks).max() for start in starts]
     limit = max(problem.load_cap * load.sum() / topology.num_ranks, highest[0]) * (1 + 1e-12)
     starts = [start for start, most in zip(starts, highest, strict=True) if most <= limit]
-    turns = _turns(problem, tokens, weights, effort, rng)
+    turns = _turns(problem, weights, effort, rng)
+    tokens_of_draw = {0: tokens}
     best, best_value = starts[0], np.inf
     for attempt in range(len(starts) + effort.num_kicks):
         kick = attempt >= len(starts)
@@ -164,10 +165,12 @@ def improve(
         rank_of = best.copy() if kick else starts[attempt].copy()
         if kick:
             _kick(rank_of, load, zone_of, limit, topology.num_ranks, rng)
-        of_turn, weights_of_turn = turns[attempt % len(turns)]
+        draw, weights_of_turn = turns[attempt % len(turns)]
+        if draw not in tokens_of_draw:  # only now, since time may run out before
+            tokens_of_draw[draw] = prepare(_resampled(problem, draw))
         for doublings in DOUBLINGS:
             value = descend(
-                of_turn,
+                tokens_of_draw[draw],
                 rank_of,
                 zone_of,
                 load,
@@ -188,15 +191,15 @@ def improve(
 
 
 def _turns(
-    problem: LayerProblem, tokens: Tokens, weights: Weights, effort: Effort, rng: np.random.Generator
-) -> list[tuple[Tokens, Weights]]:
-    """What descents take turns on: the tokens, and where plans are judged on draws, other weights of load and draws."""
+    problem: LayerProblem, weights: Weights, effort: Effort, rng: np.random.Generator
+) -> list[tuple[int, Weights]]:
+    """What descents take turns on, if plans are judged on draws: a draw's tokens, or all for 0, and the weights."""
     if problem.draws is None or not weights.ingress or not effort.num_kicks:
-        return [(tokens, weights)]
+        return [(0, weights)]
     shares = [weights._replace(load=share * weights.load) for share in SHARES_OF_LOAD]
-    turns = [(tokens, share) for share in shares]
+    turns = [(0, share) for share in shares]
     if effort.num_kicks >= MANY_KICKS:
-        turns += [(prepare(_resampled(problem, draw)), shares[draw % len(shares)]) for draw in range(1, RESAMPLED + 1)]
+        turns += [(draw, shares[draw % len(shares)]) for draw in range(1, RESAMPLED + 1)]
     return [turns[turn] for turn in rng.permutation(len(turns))]
 
 
